@@ -1,0 +1,91 @@
+"""What comes back for a question: the answer, its sources and a report of where the time went."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from kvrag.generation.decode import FinishReason
+
+__all__ = ["Answer", "Report", "Source", "Spans", "TokenCounts"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """Every prompt token once: `prompt = reused + recomputed + computed`.
+
+    computed: prefix and question not served from a cache, and all tokens of chunks that were
+    missing. recomputed: tokens of stored chunks in the selection of the first filtered layer.
+    reused: the rest.
+    """
+
+    prompt: int
+    reused: int
+    recomputed: int
+    computed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Seconds. `load` runs beside `compute`; what it did not hide is `stall`."""
+
+    retrieve: float
+    load: float
+    stall: float
+    compute: float
+    decode: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How an answer came about.
+
+    ttft_s: from the call, with the passages known, to the first sampled token.
+    effective_ratio: rows computed for context tokens, summed over the layers, divided by layers ×
+        context tokens; fully computed layers and missing chunks included.
+    prefix_match: the prompt's prefix is the one that the blocks were computed behind.
+    dropped: ids of chunks that did not fit into the context.
+    warnings: sentences about what went wrong without spoiling the answer.
+    """
+
+    strategy: str
+    ttft_s: float
+    effective_ratio: float
+    prefix_match: bool
+    tokens: TokenCounts
+    spans: Spans
+    dropped: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A chunk of the prompt.
+
+    document: None for passages. score: cosine similarity, None for passages. tier: where its KV
+    came from; "computed" if no tier had it, "none" if the strategy reads no blocks.
+    """
+
+    id: str
+    document: str | None
+    title: str
+    text: str
+    score: float | None
+    tier: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The text of a continuation, its token ids without the end token, and how it came about."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    sources: tuple[Source, ...]
+    report: Report
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, with the names that CLI and REST show: `answer`, `token_ids`, …"""
+        content = dataclasses.asdict(self)
+        return {"answer": content.pop("text"), **content}

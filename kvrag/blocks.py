@@ -1,0 +1,110 @@
+"""Blocks of chunks: their keys, opening them, and computing the ones that are not there.
+
+Only this module writes `chunk` blocks, and only from the isolated computation: the chunk alone
+behind its corpus prefix. Everything that a block's bytes depend on is in its key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvrag.fusion.stream import LayerKV
+from kvrag.generation.kv_cache import KVCache
+from kvrag.generation.prefix_cache import PrefixCache
+from kvrag.models.forward import append
+from kvrag.models.source import Model
+from kvrag.store.block import Block, encode_block
+from kvrag.store.codecs import Codec
+from kvrag.store.keys import BlockKey, KeyMaker
+from kvrag.store.tiered import BlockReader, PutOutcome, TieredStore
+
+__all__ = ["ChunkBlocks"]
+
+
+class ChunkBlocks:
+    """The chunk blocks of one model, codec, namespace and corpus prefix. Thread-safe."""
+
+    def __init__(
+        self,
+        model: Model,
+        store: TieredStore,
+        keys: KeyMaker,
+        codec: Codec,
+        prefixes: PrefixCache,
+        *,
+        namespace: str,
+        prefix_ids: Sequence[int],
+    ) -> None:
+        self._model, self._store, self._keys = model, store, keys
+        self._prefixes, self._namespace = prefixes, namespace
+        self.codec = codec
+        self.prefix_ids = tuple(prefix_ids)
+
+    def key(self, token_ids: Sequence[int]) -> BlockKey:
+        """The key of a chunk, independent of its neighbours, its place and the tier."""
+        return self._keys.key(
+            namespace=self._namespace,
+            kind="chunk",
+            fingerprint=self._model.fingerprint,
+            codec=self.codec.name,
+            codec_version=self.codec.version,
+            codec_digest=self.codec.params_digest,
+            prefix_ids=self.prefix_ids,
+            token_ids=token_ids,
+        )
+
+    def open(self, token_ids: Sequence[int]) -> BlockReader | None:
+        """A verified reader, or None if no tier has a sound copy."""
+        return self._store.open(
+            self.key(token_ids), fingerprint=self._model.fingerprint, token_ids=token_ids
+        )
+
+    def compute(self, token_ids: Sequence[int]) -> Block:
+        """The chunk's block, computed alone behind the corpus prefix; the prefix's KV is dropped.
+
+        The same bytes on every call on the same machine with the same number of threads.
+        """
+        decoder = self._model.decoder
+        cache = KVCache(
+            decoder.config,
+            len(self.prefix_ids) + len(token_ids),
+            dtype=decoder.compute_dtype,
+            device=decoder.device,
+        )
+        self._prefixes.fill(cache, self.prefix_ids)
+        segments = []
+
+        def encode(k: Tensor, v: Tensor) -> None:
+            segments.append(self.codec.encode(k.to(decoder.dtype), v.to(decoder.dtype)))
+
+        append(decoder, token_ids, cache, sink=encode)
+        config = decoder.config
+        shape = (config.num_layers, config.num_kv_heads, len(token_ids), config.head_dim)
+        return encode_block(
+            key=self.key(token_ids),
+            kind="chunk",
+            fingerprint=self._model.fingerprint,
+            token_ids=token_ids,
+            k_shape=shape,
+            v_shape=shape,
+            dtype=str(decoder.dtype).removeprefix("torch."),
+            codec=self.codec.name,
+            codec_version=self.codec.version,
+            codec_digest=self.codec.params_digest,
+            segments=segments,
+        )
+
+    def put(self, block: Block, *, protected: bool = False) -> PutOutcome:
+        """Store a computed block; `protected` if the corpus refers to it."""
+        return self._store.put(block.header.key, block, protected=protected)
+
+    @torch.inference_mode()
+    def layers(self, block: Block) -> list[LayerKV]:
+        """Un-rotated K and V of a computed block, layer by layer, as its bytes have them.
+
+        A request that had to compute a block goes on with what later ones will load.
+        """
+        return [self.codec.decode(segment, block.header) for segment in block.segments]

@@ -1,0 +1,159 @@
+"""Settings: the only place that reads the environment or a settings file.
+
+A setting comes from, strongest first: an argument, the environment (`KVRAG_MODEL=…`), a TOML file
+(`KVRAG_CONFIG=path`, else `kvrag.toml` in the working directory), the default below. An unknown or
+malformed one stops the program with a sentence.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from kvrag.errors import SettingsError
+
+__all__ = ["DEFAULT_INSTRUCTION", "Settings"]
+
+DEFAULT_INSTRUCTION = "You answer questions from the passages that the user gives. Answer briefly."
+
+_PREFIX = "KVRAG_"
+#: Names the settings file, and so is no setting itself.
+_FILE_VARIABLE = "KVRAG_CONFIG"
+#: Read by the test suite alone.
+_FOREIGN_VARIABLES = frozenset({_FILE_VARIABLE, "KVRAG_TEST_MODELS"})
+
+
+def _cache_dir() -> Path:
+    """The user's cache folder, as the XDG base directory specification has it."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base else Path.home() / ".cache") / "kvrag"
+
+
+class Settings(BaseSettings):
+    """What an engine is opened with. Immutable.
+
+    Raises:
+        SettingsError: an unknown name or a value that is not allowed; the message says which,
+            where it came from, and what is allowed.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True
+    )
+
+    model: str = Field(
+        "smollm2-135m",
+        description="Packaged model name, Hugging Face folder or .gguf file.",
+    )
+    home: Path = Field(
+        Path("~/.local/share/kvrag"),
+        description="Folder of stored KV, catalog, vector index and key secret; made when absent.",
+    )
+    models_dir: Path = Field(
+        default_factory=lambda: _cache_dir() / "models",
+        description="Cache folder for converted models; never under home.",
+    )
+    dtype: Literal["bfloat16", "float32", "float64"] = Field(
+        "bfloat16", description="Dtype of weights and stored KV."
+    )
+    device: str = Field("cpu", description="torch device.")
+    threads: int | None = Field(
+        None, ge=1, description="Threads of torch in this process; None leaves torch's choice."
+    )
+    codec: str = Field("raw", description="How KV is encoded in the store.")
+    namespace: str = Field("default", min_length=1, description="Tenant whose blocks are used.")
+    instruction: str = Field(
+        DEFAULT_INSTRUCTION, min_length=1, description="System text in front of the passages."
+    )
+    embedder: str = Field(
+        "minilm", description="Packaged embedder or sentence-transformers folder."
+    )
+    chunk_tokens: int = Field(
+        256, ge=32, le=2048, description="Most tokens of a chunk made from a document."
+    )
+    k: int = Field(4, ge=1, description="Chunks retrieved for a question.")
+    strategy: str = Field("cacheblend", description="Fusion strategy.")
+    ratio: float | None = Field(
+        None, ge=0, le=1, description="Recompute ratio; None is the strategy's own."
+    )
+    ram_bytes: int = Field(2 * 2**30, ge=0, description="Most bytes of KV in memory.")
+    disk_bytes: int | None = Field(
+        None, ge=0, description="Most bytes of KV on disk; None is no limit."
+    )
+    max_document_bytes: int = Field(
+        64 * 2**20, ge=1, description="Larger files are skipped when a folder is read."
+    )
+    host: str = Field("127.0.0.1", description="Address of `kvrag serve`.")
+    port: int = Field(8321, ge=0, le=65535, description="Port of `kvrag serve`; 0 picks one.")
+    queue_size: int = Field(
+        64, ge=1, description="Requests that may wait; one more is answered with 429."
+    )
+    eval_data: Path | None = Field(
+        None, description="Folder of evaluation data for `kvrag bench fidelity`."
+    )
+
+    def __init__(self, **values: Any) -> None:
+        _refuse_unknown_variables(type(self).model_fields)
+        try:
+            super().__init__(**values)
+        except ValidationError as exc:
+            raise SettingsError(_sentence(exc)) from exc
+
+    @field_validator("home", "models_dir", "eval_data")
+    @classmethod
+    def _expand(cls, path: Path | None) -> Path | None:
+        return None if path is None else path.expanduser().absolute()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        named = os.environ.get(_FILE_VARIABLE)
+        path = Path(named).expanduser() if named else Path("kvrag.toml")
+        if named and not path.is_file():
+            raise SettingsError(f"{_FILE_VARIABLE} names {path}, which is no file")
+        try:
+            toml = TomlConfigSettingsSource(settings_cls, toml_file=path)
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as exc:
+            raise SettingsError(f"settings file {path} cannot be read as TOML: {exc}") from exc
+        return init_settings, env_settings, toml
+
+
+def _refuse_unknown_variables(fields: dict[str, Any]) -> None:
+    """pydantic-settings ignores variables that name no setting; a misspelt one must not pass."""
+    known = {_PREFIX + name.upper() for name in fields} | _FOREIGN_VARIABLES
+    for variable in os.environ:
+        if variable.upper().startswith(_PREFIX) and variable.upper() not in known:
+            raise SettingsError(
+                f"environment variable {variable} is no setting; settings are "
+                + ", ".join(sorted(known - _FOREIGN_VARIABLES))
+            )
+
+
+def _sentence(exc: ValidationError) -> str:
+    """One clause a wrong setting: name, what was given, what is allowed."""
+    clauses = []
+    for error in exc.errors():
+        name = ".".join(str(part) for part in error["loc"])
+        if error["type"] == "extra_forbidden":
+            clauses.append(
+                f"unknown setting {name!r}; known are {', '.join(Settings.model_fields)}"
+            )
+        else:
+            clauses.append(f"setting {name!r} is {error['input']!r}: {error['msg'].lower()}")
+    return "; ".join(clauses)

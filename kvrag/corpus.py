@@ -1,0 +1,166 @@
+"""One corpus: catalog, vector index and embedder of a namespace, opened when first needed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvrag.models.tokenizer import Tokenizer
+from kvrag.prefill import ContextChunk
+from kvrag.retrieval.catalog import Catalog, ChunkInput, StoredChunk, StoredDocument
+from kvrag.retrieval.chunking import Chunker, render_chunk
+from kvrag.retrieval.documents import Document
+from kvrag.retrieval.embedder import Embedder, open_embedder
+from kvrag.retrieval.index import VectorIndex
+
+__all__ = ["Corpus"]
+
+#: Chunks whose vectors are made together when a home is opened with another embedder.
+_BATCH = 64
+
+
+class Corpus:
+    """Documents of one namespace as one tokenizer and one embedder see them. Thread-safe.
+
+    Token ids belong to a tokenizer and vectors to an embedder; what a home lacks for the ones in
+    use is made and stored on the way.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        index_dir: Path,
+        tokenizer: Tokenizer,
+        *,
+        namespace: str,
+        embedder: str,
+        chunk_tokens: int,
+    ) -> None:
+        self._catalog, self._index_dir, self._tokenizer = catalog, index_dir, tokenizer
+        self._namespace, self._embedder_name = namespace, embedder
+        self._chunk_tokens = chunk_tokens
+        self._lock = threading.RLock()
+        self._opened: tuple[Embedder, VectorIndex] | None = None
+        self._chunker: Chunker | None = None
+
+    @property
+    def catalog(self) -> Catalog:
+        return self._catalog
+
+    @property
+    def namespace(self) -> str:
+        return self._namespace
+
+    def add(self, document: Document) -> bool:
+        """Chunk, encode, embed and store a document; False if it is there already.
+
+        Its KV is not computed here.
+        """
+        if self._catalog.document(self._namespace, document.id) is not None:
+            return False
+        embedder, _ = self._open()
+        with self._lock:
+            if self._chunker is None:
+                self._chunker = Chunker(
+                    lambda text: len(self._tokenizer.encode(text)), self._chunk_tokens
+                )
+            chunker = self._chunker
+        rendered = [(p, render_chunk(p.title, p.text)) for p in chunker.split(document)]
+        return self._catalog.add_document(
+            self._namespace,
+            document,
+            [ChunkInput(p.title, p.text, self._tokenizer.encode(text)) for p, text in rendered],
+            tokenizer=self._tokenizer.digest,
+            vectors=embedder.embed_documents([text for _, text in rendered]),
+            embedder=embedder.fingerprint,
+        )
+
+    def search(self, question: str, k: int) -> list[ContextChunk]:
+        """The `k` nearest chunks, best first."""
+        if not self._catalog.counts(self._namespace).chunks:
+            return []
+        embedder, index = self._open()
+        index.refresh()
+        hits = index.search(embedder.embed_query(question), k)
+        chunks = self._catalog.chunk([chunk_id for chunk_id, _ in hits])
+        # A chunk that was deleted between the index and the catalog is simply not found.
+        return [
+            self._context(chunk, score)
+            for chunk, (_, score) in zip(chunks, hits, strict=True)
+            if chunk is not None
+        ]
+
+    def token_ids(self, chunk_id: int) -> tuple[int, ...] | None:
+        """A chunk's stored ids; encoded and stored once for a tokenizer that is new to the home."""
+        (stored,) = self._catalog.token_ids([chunk_id], self._tokenizer.digest)
+        if stored is not None:
+            return tuple(stored)
+        (chunk,) = self._catalog.chunk([chunk_id])
+        if chunk is None:
+            return None
+        token_ids = self._tokenizer.encode(render_chunk(chunk.title, chunk.text))
+        self._catalog.set_token_ids(chunk_id, self._tokenizer.digest, token_ids)
+        return tuple(token_ids)
+
+    def documents(self, limit: int, offset: int) -> list[StoredDocument]:
+        return self._catalog.documents(self._namespace, limit, offset)
+
+    def document_chunks(self, document_id: str) -> Sequence[int]:
+        return self._catalog.document_chunks(self._namespace, document_id)
+
+    def save(self) -> None:
+        """Write the vector index, if it was opened; it can always be rebuilt."""
+        with self._lock:
+            if self._opened is not None:
+                self._opened[1].save()
+
+    def close(self) -> None:
+        self._catalog.close()
+
+    def _context(self, chunk: StoredChunk, score: float) -> ContextChunk:
+        return ContextChunk(
+            id=str(chunk.id),
+            document=chunk.document_id,
+            title=chunk.title,
+            text=chunk.text,
+            token_ids=self.token_ids(chunk.id) or (),
+            score=score,
+        )
+
+    def _open(self) -> tuple[Embedder, VectorIndex]:
+        with self._lock:
+            if self._opened is None:
+                embedder = open_embedder(self._embedder_name)
+                self._fill_vectors(embedder)
+                name = f"{embedder.fingerprint}.faiss"
+                index = VectorIndex.open(
+                    self._index_dir / self._catalog_name() / name,
+                    self._catalog,
+                    self._namespace,
+                    embedder.fingerprint,
+                    embedder.dim,
+                )
+                self._opened = (embedder, index)
+            return self._opened
+
+    def _catalog_name(self) -> str:
+        """A folder name for the namespace: its bytes in hex, so that none names a path."""
+        return self._namespace.encode().hex()
+
+    def _fill_vectors(self, embedder: Embedder) -> None:
+        """Vectors of this embedder for chunks that were added with another."""
+        batch: list[int] = []
+        for chunk_id in self._catalog.chunks_without_vector(self._namespace, embedder.fingerprint):
+            batch.append(chunk_id)
+            if len(batch) == _BATCH:
+                self._embed(embedder, batch)
+                batch = []
+        self._embed(embedder, batch)
+
+    def _embed(self, embedder: Embedder, chunk_ids: Sequence[int]) -> None:
+        chunks = [chunk for chunk in self._catalog.chunk(chunk_ids) if chunk is not None]
+        if chunks:
+            texts = [render_chunk(chunk.title, chunk.text) for chunk in chunks]
+            vectors = embedder.embed_documents(texts)
+            self._catalog.set_vectors([chunk.id for chunk in chunks], vectors, embedder.fingerprint)

@@ -1,0 +1,384 @@
+"""The engine: the only place that wires rooms together.
+
+    with Engine.open(Settings(model="smollm2-135m", home="~/kvrag")) as engine:
+        engine.add([Document("Anna keeps the lamp of Karsk.", title="Karsk")])
+        print(engine.answer("Who keeps the lamp?").text)
+
+REST, the command line and the benchmarks all go through it. It knows no strategy, tier or family
+by name.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import torch
+
+from kvrag.answer import Answer
+from kvrag.blocks import ChunkBlocks
+from kvrag.config import Settings
+from kvrag.corpus import Corpus
+from kvrag.errors import ClosedError, InputError, SettingsError
+from kvrag.fusion import create
+from kvrag.generation.params import GenerationParams
+from kvrag.generation.prefix_cache import PrefixCache
+from kvrag.models.forward import extend
+from kvrag.models.source import open_model
+from kvrag.passages import Passage, passage_chunks
+from kvrag.precompute.job import PrecomputeJob, Progress
+from kvrag.prefill import Prefill, Prefilled
+from kvrag.prompting import PromptLayout
+from kvrag.retrieval.catalog import Catalog, StoredDocument
+from kvrag.retrieval.documents import Document
+from kvrag.retrieval.loaders import Skipped
+from kvrag.retriever import KVRetriever, RetrievedChunk
+from kvrag.store.codecs import codec
+from kvrag.store.disk import DiskTier
+from kvrag.store.keys import BlockKey, KeyMaker
+from kvrag.store.ram import RamTier
+from kvrag.store.secret import load_or_create_secret
+from kvrag.store.tiered import StoreStats, TieredStore, TierSlot
+from kvrag.stream import AnswerStream, Context
+
+__all__ = ["Engine"]
+
+T = TypeVar("T")
+
+#: Catalog setting that holds the system text a corpus's chunks are computed behind.
+_CORPUS_INSTRUCTION = "corpus_instruction"
+
+
+class Engine:
+    """Answers questions over passages or a corpus. Open it with `Engine.open`.
+
+    Thread-safe; requests that run at the same time share the processor.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        """Use `Engine.open`."""
+        self.settings = settings
+        if settings.threads is not None:
+            # torch knows one number of threads a process; the last engine opened sets it.
+            torch.set_num_threads(settings.threads)
+        try:
+            device = torch.device(settings.device)
+        except RuntimeError as exc:
+            raise SettingsError(f"setting 'device' is {settings.device!r}: {exc}") from exc
+        self.model = open_model(
+            settings.model, settings.models_dir, dtype=getattr(torch, settings.dtype), device=device
+        )
+        self._codec = codec(settings.codec)
+        self._layout = PromptLayout.of(self.model.tokenizer, settings.instruction)
+        self._prefixes = PrefixCache(self.model.decoder)
+        home = settings.home
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise SettingsError(f"home {home} cannot be made: {exc.strerror}") from exc
+        self._keys = KeyMaker(load_or_create_secret(home / "key.secret"))
+        self.store = TieredStore(
+            [
+                TierSlot(RamTier(), settings.ram_bytes),
+                TierSlot(DiskTier(home / "kv"), settings.disk_bytes),
+            ]
+        )
+        self._lock = threading.RLock()
+        self._corpus: tuple[Corpus, ChunkBlocks, KVRetriever] | None = None
+        self._closed = False
+        if self._catalog_path.exists():
+            with Catalog.open(self._catalog_path) as catalog:
+                self.store.protect(BlockKey.parse(key) for key in catalog.block_keys())
+
+    @classmethod
+    def open(cls, settings: Settings | None = None) -> Self:
+        """Open model and store; converts a packaged or GGUF model on first use.
+
+        Raises:
+            ModelError, SettingsError, StoreError: the message says which file or setting.
+        """
+        return cls(settings if settings is not None else Settings())
+
+    # ---- questions -------------------------------------------------------------------------------
+
+    def answer(
+        self,
+        question: str,
+        *,
+        passages: Sequence[Passage] | None = None,
+        k: int | None = None,
+        strategy: str | None = None,
+        ratio: float | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+        **generation: Any,
+    ) -> Answer:
+        """Answer a question over `passages`, or over the `k` nearest chunks of the corpus.
+
+        Args:
+            strategy: fusion strategy; see `kvrag.fusion.strategy_names()`.
+            ratio: recompute ratio, for strategies that select.
+            cancelled: asked between layers and tokens; true ends the answer early.
+            generation: see `GenerationParams`: max_tokens, temperature, top_p, top_k, seed, stop.
+
+        Raises:
+            InputError: the message says what was given and what is allowed.
+        """
+        stream = self.stream(
+            question,
+            passages=passages,
+            k=k,
+            strategy=strategy,
+            ratio=ratio,
+            cancelled=cancelled,
+            **generation,
+        )
+        for _ in stream:
+            pass
+        return stream.answer
+
+    def stream(
+        self,
+        question: str,
+        *,
+        passages: Sequence[Passage] | None = None,
+        k: int | None = None,
+        strategy: str | None = None,
+        ratio: float | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+        **generation: Any,
+    ) -> AnswerStream:
+        """As `answer`, as an iterator over pieces of text; `.answer` is there at its end.
+
+        Input is checked, and chunks are retrieved, before this returns.
+        """
+        params = _generation_params(generation)
+        plan = create(strategy or self.settings.strategy, _first(ratio, self.settings.ratio))
+        context = self._context(question, passages, k, params.max_tokens)
+        return AnswerStream(self.model, context, plan, params, cancelled)
+
+    @torch.inference_mode()
+    def logprobs(
+        self,
+        question: str,
+        *,
+        continuation: str | Sequence[int],
+        passages: Sequence[Passage] | None = None,
+        k: int | None = None,
+        strategy: str | None = None,
+        ratio: float | None = None,
+    ) -> torch.Tensor:
+        """Natural logarithms of the next-token probabilities along a given continuation.
+
+        The continuation's rows see the fused cache and take no part in choosing what is recomputed.
+
+        Returns:
+            float32 (tokens, vocab); row i is the distribution of continuation token i.
+
+        Raises:
+            InputError: as `answer`, and for a continuation that is empty or holds no token ids.
+        """
+        token_ids = self._continuation_ids(continuation)
+        plan = create(strategy or self.settings.strategy, _first(ratio, self.settings.ratio))
+        context = self._context(question, passages, k, len(token_ids))
+        prefilled = context.prefill(plan, new_tokens=len(token_ids))
+        if prefilled is None:
+            raise RuntimeError("a prefill that nobody can cancel was cancelled")
+        return self.continuation_logprobs(prefilled, token_ids)
+
+    @torch.inference_mode()
+    def continuation_logprobs(self, prefilled: Prefilled, token_ids: Sequence[int]) -> torch.Tensor:
+        """`logprobs` behind a prompt that is in its cache; the cache is left as it was."""
+        rows, length = [prefilled.logits], prefilled.cache.length
+        if len(token_ids) > 1:
+            rows.append(extend(self.model.decoder, token_ids[:-1], prefilled.cache, every=True))
+            prefilled.cache.truncate(length)
+        return torch.cat(rows).log_softmax(dim=-1).float()
+
+    # ---- the corpus ------------------------------------------------------------------------------
+
+    def add(
+        self,
+        documents: Iterable[Document | Skipped],
+        report: Callable[[Progress], None] = lambda progress: None,
+    ) -> Progress:
+        """Add documents to the corpus and compute the KV that it lacks for this model.
+
+        A document that is there already changes nothing. What was interrupted goes on here.
+
+        Args:
+            documents: `Document`s, or what `kvrag.retrieval.load(paths)` yields.
+            report: called after each document and chunk, for a progress bar.
+        """
+        corpus, blocks, _ = self._open_corpus()
+        job = PrecomputeJob(corpus, blocks, self._scope(blocks), self._is_stored)
+        return job.run(documents, report)
+
+    def retrieve(
+        self, question: str, *, k: int | None = None, prefetch: bool = False
+    ) -> list[RetrievedChunk]:
+        """The `k` nearest chunks of the corpus with handles on their KV, best first.
+
+        Raises:
+            InputError: an empty question, k below 1, or an empty corpus.
+        """
+        _, _, retriever = self._open_corpus()
+        return retriever.retrieve(question, _first(k, self.settings.k), prefetch=prefetch)
+
+    def documents(self, *, limit: int = 100, offset: int = 0) -> list[StoredDocument]:
+        """Documents of the corpus in the order in which they were added."""
+        corpus, _, _ = self._open_corpus()
+        return corpus.documents(limit, offset)
+
+    def document(self, document_id: str) -> StoredDocument | None:
+        """One document of the corpus, or None."""
+        corpus, _, _ = self._open_corpus()
+        return corpus.catalog.document(corpus.namespace, document_id)
+
+    def delete(self, document_id: str) -> bool:
+        """Delete a document, its vectors, and blocks that nothing else refers to; False if absent."""
+        corpus, _, _ = self._open_corpus()
+        deleted = corpus.catalog.delete_document(corpus.namespace, document_id)
+        if deleted is None:
+            return False
+        orphans = [BlockKey.parse(key) for key in deleted.orphaned_block_keys]
+        self.store.unprotect(orphans)
+        for key in orphans:
+            self.store.delete(key)
+        corpus.save()
+        return True
+
+    def stats(self) -> StoreStats:
+        """Counters and sizes of the store's tiers."""
+        self._check_open()
+        return self.store.stats()
+
+    # ---- life ------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Release everything. A second call does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self._corpus is not None:
+                corpus, _, retriever = self._corpus
+                retriever.close()
+                corpus.close()
+            self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # ---- wiring ----------------------------------------------------------------------------------
+
+    @property
+    def _catalog_path(self) -> Path:
+        return self.settings.home / "catalog.sqlite"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the engine is closed")
+
+    def _blocks(self, prefix_ids: Sequence[int]) -> ChunkBlocks:
+        return ChunkBlocks(
+            self.model,
+            self.store,
+            self._keys,
+            self._codec,
+            self._prefixes,
+            namespace=self.settings.namespace,
+            prefix_ids=prefix_ids,
+        )
+
+    def _open_corpus(self) -> tuple[Corpus, ChunkBlocks, KVRetriever]:
+        self._check_open()
+        with self._lock:
+            if self._corpus is None:
+                settings = self.settings
+                catalog = Catalog.open(self._catalog_path)
+                # The corpus prefix is fixed by whoever makes the corpus.
+                instruction = catalog.set_setting(
+                    settings.namespace, _CORPUS_INSTRUCTION, settings.instruction, overwrite=False
+                )
+                layout = PromptLayout.of(self.model.tokenizer, instruction)
+                corpus = Corpus(
+                    catalog,
+                    settings.home / "index",
+                    self.model.tokenizer,
+                    namespace=settings.namespace,
+                    embedder=settings.embedder,
+                    chunk_tokens=settings.chunk_tokens,
+                )
+                blocks = self._blocks(layout.prefix_ids)
+                self._corpus = (corpus, blocks, KVRetriever(corpus, blocks, self.store.locate))
+            return self._corpus
+
+    def _scope(self, blocks: ChunkBlocks) -> str:
+        return str(blocks.key((0,)))
+
+    def _is_stored(self, key: str) -> bool:
+        return self.store.holds_durably(BlockKey.parse(key))
+
+    def _context(
+        self, question: str, passages: Sequence[Passage] | None, k: int | None, new_tokens: int
+    ) -> Context:
+        self._check_open()
+        if not isinstance(question, str):
+            raise InputError(f"the question is {type(question).__name__}, not a text")
+        if passages is not None:
+            if k is not None:
+                raise InputError("give passages or k, not both")
+            begun = time.perf_counter()
+            chunks = passage_chunks(passages, self.model.tokenizer)
+            prefill = Prefill(
+                self.model, self._layout, self._blocks(self._layout.prefix_ids), self._prefixes
+            )
+            fitted = prefill.fit(question, chunks, new_tokens)
+            return Context(prefill, fitted, begun=begun, retrieve_s=0.0, protected=False)
+        begun = time.perf_counter()
+        found = self.retrieve(question, k=k)
+        retrieved = time.perf_counter()
+        _, blocks, _ = self._open_corpus()
+        prefill = Prefill(self.model, self._layout, blocks, self._prefixes)
+        fitted = prefill.fit(question, [item.chunk for item in found], new_tokens)
+        return Context(
+            prefill, fitted, begun=retrieved, retrieve_s=retrieved - begun, protected=True
+        )
+
+    def _continuation_ids(self, continuation: str | Sequence[int]) -> list[int]:
+        if isinstance(continuation, str):
+            token_ids = self.model.tokenizer.encode(continuation)
+        else:
+            token_ids = [int(token_id) for token_id in continuation]
+        vocab = self.model.decoder.config.vocab_size
+        if not token_ids or not all(0 <= token_id < vocab for token_id in token_ids):
+            raise InputError(
+                f"the continuation has {len(token_ids)} tokens; it needs at least one, with ids "
+                f"between 0 and {vocab - 1}"
+            )
+        return token_ids
+
+
+def _first(given: T | None, otherwise: T) -> T:
+    return otherwise if given is None else given
+
+
+def _generation_params(options: dict[str, Any]) -> GenerationParams:
+    stop = options.get("stop", ())
+    if isinstance(stop, str):
+        options = options | {"stop": (stop,)}
+    elif stop is None or isinstance(stop, list):
+        options = options | {"stop": tuple(stop or ())}
+    try:
+        return GenerationParams(**options)
+    except TypeError as exc:
+        known = ", ".join(GenerationParams.__dataclass_fields__)
+        raise InputError(
+            f"unknown option among {', '.join(options)}; generation options are {known}"
+        ) from exc

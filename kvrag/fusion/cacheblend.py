@@ -1,0 +1,72 @@
+"""CacheBlend: recompute the tokens whose KV deviates most (arXiv 2405.16444, sections 4.2, 4.3).
+
+K and V of layer 0 depend on the token alone, so its stored values are exact and layer 1 is the
+first that can tell. Layer 0 is therefore computed for every row that may be chosen, layer 1
+projects them all and keeps those of highest deviation (HKVD), and each further layer compares
+again and keeps a few less: a chain of subsets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvrag.fusion.base import register
+from kvrag.fusion.layerwise import LayerState, LayerwiseStrategy
+from kvrag.fusion.prompt import Prompt
+
+__all__ = ["CacheBlend", "rows_at"]
+
+#: The first layer whose stored KV can differ from full prefill's.
+CHECK_LAYER = 1
+#: Layer 1 keeps this much more than the mean, the last layer as much less. The paper asks for
+#: "slightly above" and gives no formula.
+SPREAD = 0.3
+
+
+def rows_at(layer: int, num_layers: int, ratio: float, selectable: int) -> int:
+    """Rows that go on behind `layer`: linear from `ratio` × 1.3 down to × 0.7, mean `ratio`.
+
+    Near 1 the slope flattens so that no layer asks for more than all rows and the mean stays.
+    """
+    last = num_layers - 1
+    spread = 0.0 if last <= CHECK_LAYER or ratio == 0 else min(SPREAD, (1 - ratio) / ratio)
+    place = 0.0 if last <= CHECK_LAYER else (layer - CHECK_LAYER) / (last - CHECK_LAYER)
+    return round(ratio * (1 + spread * (1 - 2 * place)) * selectable)
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class CacheBlend(LayerwiseStrategy):
+    """HKVD selection on V with gradual filtering; `ratio` 0 is plain reuse, 1 is full prefill."""
+
+    name: ClassVar[str] = "cacheblend"
+
+    def first_row(self, prompt: Prompt) -> int:
+        return prompt.repairable_start if self.ratio > 0 else prompt.question_start
+
+    def narrow(self, selectable: int, state: LayerState) -> Tensor | None:
+        if state.index < CHECK_LAYER:
+            return None
+        rows = rows_at(state.index, state.num_layers, self.ratio, selectable)
+        if rows >= len(state.positions):
+            return None
+        return highest(deviation(state), rows)
+
+
+def deviation(state: LayerState) -> Tensor:
+    """Squared distance of fresh from stored V, summed over the heads: (m,)."""
+    difference = state.v - state.stored_v
+    return difference.square().sum(dim=(0, 2), dtype=_wide(difference.dtype))
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest scores, ascending."""
+    return torch.topk(scores, count).indices.sort().values
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype is torch.float64 else torch.float32

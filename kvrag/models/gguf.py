@@ -1,0 +1,278 @@
+"""GGUF to a Hugging Face folder, once: weights dequantised to float32, config and tokenizer rebuilt.
+
+The `gguf` package reads and dequantises; what llama.cpp's converter changed is changed back here
+(it permutes Q and K of the Llama family, and writes tokenizers as lists). The folder appears whole
+or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from kvrag.errors import ModelError, ModelNotFoundError, UnsupportedModelError
+from kvrag.models.config import FAMILIES, RopeConfig
+from kvrag.models.rope import inverse_frequencies
+
+__all__ = ["convert_gguf"]
+
+#: Part of the folder's name: raise it when the conversion changes.
+_CONVERTER_VERSION = 1
+
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def convert_gguf(path: Path, models_dir: Path) -> Path:
+    """The folder under `models_dir` that holds `path` converted; made when it is not there.
+
+    Raises:
+        ModelNotFoundError: no such file.
+        ModelError: no GGUF, or a damaged one.
+        UnsupportedModelError: a family, tokenizer or quantisation that is refused by name.
+    """
+    try:
+        with path.open("rb") as file:
+            digest = xxhash.xxh3_128()
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except OSError as exc:
+        raise ModelNotFoundError(f"{path} cannot be read: {exc.strerror}") from exc
+    folder = models_dir / f"{path.stem}-v{_CONVERTER_VERSION}-{digest.hexdigest()[:16]}"
+    if folder.exists():
+        return folder
+    models_dir.mkdir(parents=True, exist_ok=True)
+    partial = models_dir / f".{folder.name}.{uuid.uuid4().hex}.partial"
+    partial.mkdir()
+    try:
+        _write(path, partial)
+        _sync(partial)
+        try:
+            partial.rename(folder)
+        except OSError:
+            # Another process was faster; its folder has the same content.
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _write(path: Path, folder: Path) -> None:
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except Exception as exc:  # the reader raises what numpy and struct raise on damaged files
+        raise ModelError(f"{path} is no readable GGUF file: {exc}") from exc
+    config = _config(path, fields, {tensor.name: tensor for tensor in reader.tensors})
+    tensors = dict(_tensors(path, reader.tensors, config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _tokenizer(path, fields).save(str(folder / "tokenizer.json"))
+    options = _tokenizer_options(fields)
+    for name, content in (("config.json", config), ("tokenizer_config.json", options)):
+        (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _config(path: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+    arch = fields.get("general.architecture")
+    if arch not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{path.name}: GGUF architecture {arch!r} is not supported; "
+            f"supported are {', '.join(FAMILIES)}"
+        )
+
+    def need(name: str) -> Any:
+        try:
+            return fields[f"{arch}.{name}"]
+        except KeyError as exc:
+            raise ModelError(f"{path.name} lacks the key {arch}.{name}") from exc
+
+    scaling = fields.get(f"{arch}.rope.scaling.type", "none")
+    if scaling not in ("none", "linear") or fields.get(f"{arch}.rope.scaling.factor", 1.0) != 1.0:
+        raise UnsupportedModelError(f"{path.name}: RoPE scaling {scaling!r} is not supported")
+    heads, hidden = need("attention.head_count"), need("embedding_length")
+    head_dim = fields.get(f"{arch}.attention.key_length", hidden // heads)
+    rope: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": float(fields.get(f"{arch}.rope.freq_base", 10000.0)),
+    }
+    if "rope_freqs.weight" in tensors:
+        rope |= _llama3_scaling(path, tensors["rope_freqs.weight"].data, rope["rope_theta"])
+    return {
+        "model_type": arch,
+        "hidden_size": hidden,
+        "num_hidden_layers": need("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.get(f"{arch}.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "intermediate_size": need("feed_forward_length"),
+        "max_position_embeddings": need("context_length"),
+        # GGUF keeps float32; give back the decimal that the model's author wrote.
+        "rms_norm_eps": float(f"{need('attention.layer_norm_rms_epsilon'):.6g}"),
+        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": arch == "llama" and "blk.0.attn_q.bias" in tensors,
+        "hidden_act": "silu",
+        "rope_parameters": rope,
+        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
+        "torch_dtype": "float32",
+    }
+
+
+def _llama3_scaling(path: Path, stretch: Any, theta: float) -> dict[str, Any]:
+    """GGUF writes llama3's scaling as one divisor a frequency; find the parameters it came from.
+
+    Every published model uses the bounds 1 and 4 over 8,192 positions and differs in the factor
+    alone, which is the largest divisor. The guess is checked against all divisors.
+    """
+    divisors = torch.from_numpy(np.array(stretch, dtype=np.float32))
+    factor, dim = float(divisors.max()), 2 * len(divisors)
+    guess = RopeConfig("llama3", theta, factor, 1.0, 4.0, 8192)
+    plain = inverse_frequencies(RopeConfig("default", theta), dim)
+    if not torch.allclose(plain / divisors, inverse_frequencies(guess, dim), rtol=1e-4):
+        raise UnsupportedModelError(
+            f"{path.name}: its rope_freqs are not llama3 scaling with bounds 1 and 4 over 8192 "
+            "positions; use the model's Hugging Face folder"
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+def _hf_names(config: dict[str, Any]) -> dict[str, str]:
+    """GGUF tensor name to Hugging Face tensor name."""
+    names = {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+    }
+    parts = {
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "attn_q_norm": "self_attn.q_norm",
+        "attn_k_norm": "self_attn.k_norm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+    for layer in range(config["num_hidden_layers"]):
+        for ours, theirs in parts.items():
+            for kind in ("weight", "bias"):
+                names[f"blk.{layer}.{ours}.{kind}"] = f"model.layers.{layer}.{theirs}.{kind}"
+    return names
+
+
+def _tensors(
+    path: Path, stored: list[Any], config: dict[str, Any]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    from gguf import dequantize
+
+    names = _hf_names(config)
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    for tensor in stored:
+        if tensor.name == "rope_freqs.weight":
+            continue
+        if tensor.name not in names:
+            raise UnsupportedModelError(f"{path.name}: unknown tensor {tensor.name!r}")
+        try:
+            array = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        except NotImplementedError as exc:
+            raise UnsupportedModelError(
+                f"{path.name}: tensor {tensor.name!r} has the unsupported quantisation "
+                f"{tensor.tensor_type.name}"
+            ) from exc
+        part = tensor.name.split(".")[2] if tensor.name.startswith("blk.") else ""
+        if config["model_type"] == "llama" and part in heads:
+            # llama.cpp interleaves the two halves that a rotation pairs; put them back in halves.
+            array = (
+                array.reshape(heads[part], -1, 2, *array.shape[1:])
+                .swapaxes(1, 2)
+                .reshape(array.shape)
+            )
+        yield names[tensor.name], torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
+    """A byte-level BPE from GGUF's lists; how text is split first is named by `pre`."""
+    kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+    def split(numbers: str) -> pre_tokenizers.PreTokenizer:
+        pattern = Regex(f"{_LETTERS}|{numbers}|{_REST}")
+        return pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "isolated"), byte_level])
+
+    known: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+        "smollm": lambda: pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+        ),
+        "qwen2": lambda: split(r"\p{N}"),
+        "llama-bpe": lambda: split(r"\p{N}{1,3}"),
+    }
+    if kind != "gpt2" or pre not in known:
+        raise UnsupportedModelError(
+            f"{path.name}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported "
+            f"(gpt2 with {', '.join(known)} is); use the model's Hugging Face folder"
+        )
+    tokens: list[str] = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = known[pre]()
+    tokenizer.decoder = decoders.ByteLevel()
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    control, user_defined = 3, 4  # gguf's TokenType
+    types = fields["tokenizer.ggml.token_type"]
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types, strict=True)
+         if k == control]
+    )  # fmt: skip
+    tokenizer.add_tokens(
+        [AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=True)
+         if k == user_defined]
+    )  # fmt: skip
+    return tokenizer
+
+
+def _tokenizer_options(fields: dict[str, Any]) -> dict[str, Any]:
+    tokens = fields["tokenizer.ggml.tokens"]
+    options: dict[str, Any] = {"chat_template": fields.get("tokenizer.chat_template")}
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        index = fields.get(f"tokenizer.ggml.{theirs}_token_id")
+        options[f"{ours}_token"] = None if index is None else tokens[index]
+    # What transformers needs to open the folder too.
+    options["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return options
+
+
+def _sync(folder: Path) -> None:
+    """All files and the folder on the disk before the folder gets its name."""
+    for path in (*folder.iterdir(), folder):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

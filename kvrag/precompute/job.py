@@ -1,0 +1,116 @@
+"""The offline corpus job: every chunk's KV computed once and stored, interrupted at any point.
+
+What is done is what the store holds: after a kill the job looks at each chunk's key and computes
+only the blocks that no durable tier has. Memory does not grow with the corpus, apart from the
+vector index and a few hundred bytes a block in the store's ledger.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from kvrag.blocks import ChunkBlocks
+from kvrag.corpus import Corpus
+from kvrag.errors import KvragError
+from kvrag.retrieval.documents import Document
+from kvrag.retrieval.loaders import Skipped
+
+__all__ = ["PrecomputeJob", "Progress", "StorageFullError"]
+
+
+class StorageFullError(KvragError):
+    """A corpus block could not be stored durably; what was stored before stays."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a job stands. Seconds are of computing and storing alone.
+
+    total_chunks is known when all documents are added.
+    """
+
+    documents_added: int = 0
+    documents_known: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+    total_chunks: int | None = None
+    chunks_done: int = 0
+    chunks_stored_before: int = 0
+    tokens_computed: int = 0
+    bytes_written: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens_computed / self.seconds if self.seconds else 0.0
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Estimate from the chunks computed so far; None as long as there are none."""
+        computed = self.chunks_done - self.chunks_stored_before
+        if self.total_chunks is None or computed == 0:
+            return None
+        return (self.total_chunks - self.chunks_done) * self.seconds / computed
+
+
+class PrecomputeJob:
+    """Adds documents to a corpus and computes the blocks that are missing."""
+
+    def __init__(
+        self, corpus: Corpus, blocks: ChunkBlocks, scope: str, is_stored: Callable[[str], bool]
+    ) -> None:
+        """`scope` names model, codec and prefix; `is_stored` asks the durable tiers for a key."""
+        self._corpus, self._blocks = corpus, blocks
+        self._scope, self._is_stored = scope, is_stored
+
+    def run(
+        self,
+        documents: Iterable[Document | Skipped],
+        report: Callable[[Progress], None] = lambda progress: None,
+    ) -> Progress:
+        """Add `documents` and compute every block that the corpus lacks for this model.
+
+        Args:
+            report: called after every document and every chunk.
+
+        Raises:
+            StorageFullError: no durable tier takes a block.
+        """
+        progress = Progress()
+        for document in documents:
+            if isinstance(document, Skipped):
+                progress.skipped.append(document)
+            elif self._corpus.add(document):
+                progress.documents_added += 1
+            else:
+                progress.documents_known += 1
+            report(progress)
+        self._corpus.save()
+        catalog, namespace = self._corpus.catalog, self._corpus.namespace
+        progress.total_chunks = catalog.counts(namespace).chunks
+        for chunk_id in catalog.chunk_ids(namespace):
+            token_ids = self._corpus.token_ids(chunk_id)
+            if token_ids is not None:
+                self._store(chunk_id, token_ids, progress)
+            progress.chunks_done += 1
+            report(progress)
+        return progress
+
+    def _store(self, chunk_id: int, token_ids: tuple[int, ...], progress: Progress) -> None:
+        key = str(self._blocks.key(token_ids))
+        # The reference comes first: a block without one may be evicted, a reference without its
+        # block only means that the block is computed when it is wanted.
+        self._corpus.catalog.add_block_ref(key, chunk_id, self._scope)
+        if self._is_stored(key):
+            progress.chunks_stored_before += 1
+            return
+        begun = time.perf_counter()
+        block = self._blocks.compute(token_ids)
+        outcome = self._blocks.put(block, protected=True)
+        progress.seconds += time.perf_counter() - begun
+        if not outcome.durable:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.refused)
+            raise StorageFullError(f"the KV of chunk {chunk_id} could not be stored ({reasons})")
+        progress.tokens_computed += len(token_ids)
+        progress.bytes_written += block.nbytes

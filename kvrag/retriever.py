@@ -1,0 +1,190 @@
+"""Retrieval and store joined: chunks come back with a handle on their stored KV."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from kvrag.blocks import ChunkBlocks
+from kvrag.errors import InputError
+from kvrag.prefill import ContextChunk
+from kvrag.store.errors import StoreError
+from kvrag.store.keys import BlockKey
+from kvrag.store.tiered import BlockReader
+
+__all__ = ["HandleState", "KVHandle", "KVRetriever", "RetrievedChunk"]
+
+HandleState = Literal["missing", "stored", "loading", "loaded", "released"]
+
+
+class KVHandle:
+    """A lightweight id of one chunk's KV that knows its tier and state. Thread-safe.
+
+    A prefetched block is pinned in its tier until `release`, `cancel` or the end of `ttl_s`.
+    """
+
+    def __init__(
+        self,
+        blocks: ChunkBlocks,
+        token_ids: Sequence[int],
+        tier: str | None,
+        *,
+        ttl_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._blocks, self._token_ids = blocks, tuple(token_ids)
+        self.key: BlockKey = blocks.key(token_ids)
+        self._tier = tier
+        self._clock, self._expires = clock, clock() + ttl_s
+        self._lock = threading.Lock()
+        self._reader: BlockReader | None = None
+        self._loading: Future[None] | None = None
+        self._released = False
+
+    def __repr__(self) -> str:
+        return f"KVHandle({str(self.key)!r}, tier={self.tier!r}, state={self.state!r})"
+
+    @property
+    def tier(self) -> str | None:
+        """The fastest tier that held the block when it was last looked at; None for none."""
+        with self._lock:
+            return self._reader.tier if self._reader is not None else self._tier
+
+    @property
+    def state(self) -> HandleState:
+        with self._lock:
+            if self._released or self._expired():
+                return "released"
+            if self._loading is not None:
+                return "loaded" if self._loading.done() else "loading"
+            return "missing" if self._tier is None else "stored"
+
+    def prefetch(self, pool: ThreadPoolExecutor) -> None:
+        """Begin to load and verify the block in the background; a second call does nothing."""
+        with self._lock:
+            if self._released or self._loading is not None or self._expired():
+                return
+            self._loading = pool.submit(self._load)
+
+    def expired(self) -> bool:
+        """Whether `ttl_s` has passed; the owner then releases the handle."""
+        with self._lock:
+            return self._expired()
+
+    def cancel(self) -> None:
+        """Stop a load that has not begun and release; what is being read is finished first."""
+        with self._lock:
+            loading = self._loading
+        if loading is not None:
+            loading.cancel()
+        self.release()
+
+    def release(self) -> None:
+        """Drop the pin. A second call does nothing."""
+        with self._lock:
+            self._released = True
+            reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
+
+    def _expired(self) -> bool:
+        return self._clock() >= self._expires
+
+    def _load(self) -> None:
+        try:
+            reader = self._blocks.open(self._token_ids)
+            if reader is None:
+                return
+            with self._lock:
+                keep = not self._released
+                if keep:
+                    self._reader = reader
+            if not keep:
+                reader.close()
+                return
+            reader.read(0, len(reader.header.segments))
+        except StoreError:
+            # A damaged or vanished block is a miss: the request that wants it computes it.
+            self.release()
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievedChunk:
+    """A chunk, its cosine similarity to the question, and a handle on its stored KV."""
+
+    chunk: ContextChunk
+    score: float
+    handle: KVHandle
+
+
+class Search(Protocol):
+    """Finds chunks: the corpus, as the retriever sees it."""
+
+    def search(self, question: str, k: int) -> list[ContextChunk]: ...
+
+
+class KVRetriever:
+    """`retrieve(question, k)` over one corpus. Thread-safe."""
+
+    def __init__(
+        self,
+        corpus: Search,
+        blocks: ChunkBlocks,
+        locate: Callable[[Sequence[BlockKey]], list[str | None]],
+        *,
+        ttl_s: float = 60.0,
+    ) -> None:
+        self._corpus, self._blocks, self._locate = corpus, blocks, locate
+        self._ttl_s = ttl_s
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kvrag-prefetch")
+        self._lock = threading.Lock()
+        self._handles: list[KVHandle] = []
+        self._closed = False
+
+    def retrieve(self, question: str, k: int, *, prefetch: bool = False) -> list[RetrievedChunk]:
+        """The `k` chunks nearest to the question, best first; fewer if the corpus holds fewer.
+
+        Args:
+            prefetch: begin to load the blocks into the fastest tier at once.
+
+        Raises:
+            InputError: an empty question, k below 1, or an empty corpus.
+        """
+        if not question.strip():
+            raise InputError("the question is empty")
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+            raise InputError(f"k is {k!r}; it must be a whole number, at least 1")
+        self._release_expired()
+        chunks = self._corpus.search(question, k)
+        if not chunks:
+            raise InputError("the corpus is empty; add documents first, or give passages")
+        tiers = self._locate([self._blocks.key(chunk.token_ids) for chunk in chunks])
+        found = []
+        for chunk, tier in zip(chunks, tiers, strict=True):
+            handle = KVHandle(self._blocks, chunk.token_ids, tier, ttl_s=self._ttl_s)
+            if prefetch:
+                handle.prefetch(self._pool)
+            found.append(RetrievedChunk(chunk, chunk.score or 0.0, handle))
+        if prefetch:
+            with self._lock:
+                self._handles += [item.handle for item in found]
+        return found
+
+    def close(self) -> None:
+        """Release all handles. A second call does nothing."""
+        with self._lock:
+            handles, self._handles = self._handles, []
+        for handle in handles:
+            handle.cancel()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _release_expired(self) -> None:
+        with self._lock:
+            old = [handle for handle in self._handles if handle.expired()]
+            self._handles = [h for h in self._handles if h.state != "released"]
+        for handle in old:
+            handle.release()
