@@ -1,0 +1,156 @@
+"""Opening the catalog's database: pragmas, schema, and SQLite's errors as sentences."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import CatalogError
+
+SCHEMA_VERSION = 1
+_APPLICATION_ID = 0x6B767267  # "kvrg"
+
+# AUTOINCREMENT: an id is never given twice, so that an index or a handle that still holds the id of
+# a deleted chunk finds nothing, never another chunk.
+# block_refs names its key's columns first: SQLite 3.40's integrity_check reports NULLs otherwise.
+_SCHEMA = """
+CREATE TABLE namespaces (
+    namespace TEXT PRIMARY KEY, generation INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE settings (
+    namespace TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (namespace, key)
+) WITHOUT ROWID;
+CREATE TABLE documents (
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+    namespace TEXT NOT NULL, id TEXT NOT NULL, title TEXT NOT NULL, source TEXT NOT NULL,
+    metadata TEXT, added_at REAL NOT NULL,
+    UNIQUE (namespace, id)
+);
+CREATE INDEX documents_in_order ON documents (namespace, sequence);
+CREATE TABLE chunks (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    namespace TEXT NOT NULL, document_id TEXT NOT NULL, ordinal INTEGER NOT NULL,
+    title TEXT NOT NULL, text TEXT NOT NULL,
+    UNIQUE (namespace, document_id, ordinal),
+    FOREIGN KEY (namespace, document_id) REFERENCES documents (namespace, id) ON DELETE CASCADE
+);
+CREATE INDEX chunks_in_order ON chunks (namespace, id);
+CREATE TABLE chunk_tokens (
+    chunk_id INTEGER NOT NULL REFERENCES chunks (id) ON DELETE CASCADE,
+    namespace TEXT NOT NULL, tokenizer TEXT NOT NULL, token_ids BLOB NOT NULL,
+    PRIMARY KEY (chunk_id, tokenizer)
+);
+CREATE TABLE vectors (
+    namespace TEXT NOT NULL, embedder TEXT NOT NULL,
+    chunk_id INTEGER NOT NULL REFERENCES chunks (id) ON DELETE CASCADE,
+    vector BLOB NOT NULL,
+    PRIMARY KEY (namespace, embedder, chunk_id)
+);
+CREATE INDEX vectors_of_chunk ON vectors (chunk_id);
+CREATE TABLE block_refs (
+    chunk_id INTEGER NOT NULL REFERENCES chunks (id) ON DELETE CASCADE,
+    scope TEXT NOT NULL, block_key TEXT NOT NULL, namespace TEXT NOT NULL,
+    PRIMARY KEY (chunk_id, scope, block_key)
+) WITHOUT ROWID;
+CREATE INDEX block_refs_of_key ON block_refs (block_key);
+INSERT INTO settings VALUES ('', 'catalog_id', lower(hex(randomblob(16))));
+"""
+
+_SENTENCES = {
+    sqlite3.SQLITE_BUSY: "is in use by another process; try again when it has finished",
+    sqlite3.SQLITE_LOCKED: "is in use by another process; try again when it has finished",
+    sqlite3.SQLITE_CORRUPT: "is damaged; restore it, or delete it and add the documents again",
+    sqlite3.SQLITE_NOTADB: "is not an SQLite database, or is damaged at its beginning",
+    sqlite3.SQLITE_READONLY: "cannot be written: the file or its folder is read-only",
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened: check that the folder exists and is writable",
+    sqlite3.SQLITE_PERM: "cannot be opened: permission denied",
+    sqlite3.SQLITE_FULL: "cannot grow: the disk is full",
+    sqlite3.SQLITE_IOERR: "cannot be read or written: the disk reports an error",
+    sqlite3.SQLITE_TOOBIG: "cannot hold a value of this size",
+}
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Turn SQLite's exceptions inside the block into CatalogError, with the catalog named."""
+    try:
+        yield
+    except sqlite3.Error as exc:
+        code = getattr(exc, "sqlite_errorcode", None)
+        # The low byte is the primary code; the rest says which way it failed.
+        sentence = _SENTENCES.get(code & 0xFF) if code is not None else None
+        raise CatalogError(f"the catalog {path} {sentence or 'failed'} ({exc})") from exc
+
+
+def connect(path: Path, busy_timeout_s: float) -> sqlite3.Connection:
+    """Open or create the database at `path`, in autocommit mode. Raises CatalogError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise CatalogError(f"the catalog {path} has no folder: {exc.strerror}") from exc
+    with translated(path):
+        db = sqlite3.connect(
+            path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False
+        )
+        try:
+            db.execute("PRAGMA foreign_keys = ON")
+            _use_wal(db, busy_timeout_s)
+            # A commit that was reported survives a power failure; an add costs far more than this.
+            db.execute("PRAGMA synchronous = FULL")
+            _ensure_schema(db, path)
+        except BaseException:
+            db.close()
+            raise
+    return db
+
+
+def _use_wal(db: sqlite3.Connection, busy_timeout_s: float) -> None:
+    # Two processes that create the file at once: SQLite answers BUSY here without waiting.
+    deadline = time.monotonic() + busy_timeout_s
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as exc:
+            if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
+
+
+def _ensure_schema(db: sqlite3.Connection, path: Path) -> None:
+    if _is_current(db, path):
+        return
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        # Another process may have created it while this one waited for the lock.
+        if not _is_current(db, path):
+            for statement in _SCHEMA.split(";"):
+                db.execute(statement)
+            db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.rollback()
+        raise
+
+
+def _is_current(db: sqlite3.Connection, path: Path) -> bool:
+    """False for an empty database; raises CatalogError for a newer or a foreign one."""
+    version = int(db.execute("PRAGMA user_version").fetchone()[0])
+    owner = int(db.execute("PRAGMA application_id").fetchone()[0])
+    if owner == _APPLICATION_ID and version == SCHEMA_VERSION:
+        return True
+    if owner == _APPLICATION_ID:
+        raise CatalogError(
+            f"the catalog {path} has schema version {version}; this release reads version "
+            f"{SCHEMA_VERSION}: upgrade kvrag"
+        )
+    has_tables = db.execute("SELECT EXISTS (SELECT 1 FROM sqlite_master)").fetchone()[0]
+    if has_tables or owner or version:
+        raise CatalogError(f"{path} is an SQLite database of another program, not a catalog")
+    return False

@@ -1,0 +1,518 @@
+"""The catalog: documents, their chunks, token ids, vectors and references to stored KV blocks.
+
+One SQLite file, the only truth of the room; the vector index is a cache of it. Every row carries
+its namespace. Block keys, scopes and fingerprints are opaque text here. A write is one transaction:
+after a crash at any instant it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from ._sqlite import connect, translated
+from .documents import Document
+from .errors import CatalogError
+from .records import ChunkInput, Counts, DeletedDocument, StoredChunk, StoredDocument
+
+__all__ = [
+    "Catalog",
+    "ChunkInput",
+    "Counts",
+    "DeletedDocument",
+    "StoredChunk",
+    "StoredDocument",
+]
+
+_TOKEN_DTYPE = np.dtype("<u4")
+_VECTOR_DTYPE = np.dtype("<f4")
+_BATCH_ROWS = 512  # also under SQLite's oldest limit of 999 values in a statement
+_LONGEST_NAME = 512
+_LARGEST_STEP = 1 << 20
+
+
+class Catalog:
+    """Thread-safe: one connection behind one lock, held for one statement or transaction.
+
+    Several processes may have the same file open; a writer waits `busy_timeout_s` for another.
+    Iterators fetch in batches by key, hold nothing between batches, and see concurrent changes.
+    Anything SQLite reports, and any use after `close()`, is a CatalogError.
+    """
+
+    def __init__(self, db: sqlite3.Connection, path: Path) -> None:
+        """Use `Catalog.open`."""
+        self._db = db
+        self._path = path
+        self._lock = threading.RLock()
+
+    @classmethod
+    def open(cls, path: Path | str, *, busy_timeout_s: float = 30.0) -> Self:
+        """Open the catalog at `path`, creating file and folder if needed.
+
+        Raises CatalogError for a file that is damaged, foreign, or of a newer schema.
+        """
+        return cls(connect(Path(path), busy_timeout_s), Path(path))
+
+    def close(self) -> None:
+        """Close the file; a second time does nothing."""
+        with self._lock, translated(self._path):
+            self._db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def path(self) -> Path:
+        """Where the catalog is."""
+        return self._path
+
+    @property
+    def identity(self) -> str:
+        """32 hex digits, drawn when the file was made: tells one catalog from its successor."""
+        return self.setting("", "catalog_id") or ""
+
+    # ---- documents ----------------------------------------------------------------------------
+
+    def add_document(
+        self,
+        namespace: str,
+        document: Document,
+        chunks: Sequence[ChunkInput],
+        *,
+        tokenizer: str,
+        vectors: npt.NDArray[np.float32],
+        embedder: str,
+    ) -> bool:
+        """Store a document with its chunks; False, and nothing changes, if it is there already.
+
+        vectors: (len(chunks), dim) float32, finite; dim the same for every use of `embedder` in
+        the namespace. Raises ValueError for inputs that do not line up.
+        """
+        _check_name("namespace", namespace)
+        matrix = _checked_vectors(vectors, len(chunks))
+        if not chunks:
+            raise ValueError("a document has at least one chunk")
+        token_blobs = [_token_blob(chunk.token_ids) for chunk in chunks]
+        metadata = None
+        if document.metadata is not None:
+            metadata = json.dumps(document.metadata, ensure_ascii=False)
+        with self._writing() as db:
+            inserted = db.execute(
+                "INSERT INTO documents (namespace, id, title, source, metadata, added_at) "
+                "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                (namespace, document.id, document.title, document.source, metadata, time.time()),
+            )
+            if inserted.rowcount == 0:
+                return False
+            self._check_dim(namespace, embedder, matrix.shape[1])
+            for ordinal, chunk in enumerate(chunks):
+                chunk_id = db.execute(
+                    "INSERT INTO chunks (namespace, document_id, ordinal, title, text) "
+                    "VALUES (?, ?, ?, ?, ?)",
+                    (namespace, document.id, ordinal, chunk.title, chunk.text),
+                ).lastrowid
+                db.execute(
+                    "INSERT INTO chunk_tokens (chunk_id, namespace, tokenizer, token_ids) "
+                    "VALUES (?, ?, ?, ?)",
+                    (chunk_id, namespace, tokenizer, token_blobs[ordinal]),
+                )
+                db.execute(
+                    "INSERT INTO vectors (namespace, embedder, chunk_id, vector) "
+                    "VALUES (?, ?, ?, ?)",
+                    (namespace, embedder, chunk_id, matrix[ordinal].tobytes()),
+                )
+            self._bump_generation(namespace)
+        return True
+
+    def delete_document(self, namespace: str, document_id: str) -> DeletedDocument | None:
+        """Delete a document, its chunks, their token ids, vectors and references; None if absent.
+
+        The result names the block keys whose last reference went with it. Whoever deletes those
+        blocks does so after this returns; after a crash in between, `block_keys()` tells which
+        stored blocks nothing refers to.
+        """
+        doomed = (namespace, document_id)
+        with self._writing() as db:
+            chunk_ids = self.document_chunks(namespace, document_id)
+            orphans = db.execute(
+                "SELECT DISTINCT r.block_key FROM block_refs r JOIN chunks c ON c.id = r.chunk_id "
+                "WHERE c.namespace = ? AND c.document_id = ? AND NOT EXISTS ("
+                "  SELECT 1 FROM block_refs r2 JOIN chunks c2 ON c2.id = r2.chunk_id"
+                "  WHERE r2.block_key = r.block_key"
+                "  AND NOT (c2.namespace = ? AND c2.document_id = ?)"
+                ") ORDER BY r.block_key",
+                (*doomed, *doomed),
+            ).fetchall()
+            deleted = db.execute("DELETE FROM documents WHERE namespace = ? AND id = ?", doomed)
+            if deleted.rowcount == 0:
+                return None
+            self._bump_generation(namespace)
+        return DeletedDocument(tuple(chunk_ids), tuple(key for (key,) in orphans))
+
+    def documents(self, namespace: str, limit: int = 100, offset: int = 0) -> list[StoredDocument]:
+        """The namespace's documents in the order in which they were added."""
+        if limit < 0 or offset < 0:
+            raise ValueError(f"limit and offset must not be negative, got {limit} and {offset}")
+        rows = self._rows(
+            f"{_SELECT_DOCUMENT} WHERE d.namespace = ? ORDER BY d.sequence LIMIT ? OFFSET ?",
+            (namespace, limit, offset),
+        )
+        return [_stored_document(row) for row in rows]
+
+    def document(self, namespace: str, document_id: str) -> StoredDocument | None:
+        """One document, or None."""
+        rows = self._rows(
+            f"{_SELECT_DOCUMENT} WHERE d.namespace = ? AND d.id = ?", (namespace, document_id)
+        )
+        return _stored_document(rows[0]) if rows else None
+
+    # ---- chunks -------------------------------------------------------------------------------
+
+    def document_chunks(self, namespace: str, document_id: str) -> list[int]:
+        """The ids of a document's chunks in their order; empty if the document is absent."""
+        rows = self._rows(
+            "SELECT id FROM chunks WHERE namespace = ? AND document_id = ? ORDER BY ordinal",
+            (namespace, document_id),
+        )
+        return [chunk_id for (chunk_id,) in rows]
+
+    def chunk_ids(self, namespace: str) -> Iterator[int]:
+        """Yield the ids of all chunks of a namespace, ascending."""
+        for (chunk_id,) in self._pages(
+            "SELECT id FROM chunks WHERE namespace = ? AND id > ? ORDER BY id LIMIT ?",
+            (namespace,),
+        ):
+            yield chunk_id
+
+    def chunk(
+        self, ids: Sequence[int], *, namespace: str | None = None
+    ) -> list[StoredChunk | None]:
+        """The chunks of `ids`, in line with them; None for an absent one.
+
+        With `namespace`, a chunk of another namespace is as good as absent.
+        """
+        found: dict[int, StoredChunk] = {}
+        for row in self._rows_of_ids(
+            "SELECT c.id, c.namespace, c.document_id, c.ordinal, c.title, c.text, d.source "
+            "FROM chunks c JOIN documents d ON d.namespace = c.namespace AND d.id = c.document_id "
+            "WHERE c.id IN ({ids})",
+            ids,
+        ):
+            if namespace is None or row[1] == namespace:
+                found[row[0]] = StoredChunk(*row)
+        return [found.get(int(chunk_id)) for chunk_id in ids]
+
+    def token_ids(self, chunk_ids: Sequence[int], tokenizer: str) -> list[list[int] | None]:
+        """The rendered chunks' token ids under `tokenizer`, in line; None where not stored."""
+        found = {
+            row[0]: np.frombuffer(row[1], dtype=_TOKEN_DTYPE).tolist()
+            for row in self._rows_of_ids(
+                "SELECT chunk_id, token_ids FROM chunk_tokens "
+                "WHERE tokenizer = ? AND chunk_id IN ({ids})",
+                chunk_ids,
+                tokenizer,
+            )
+        }
+        return [found.get(int(chunk_id)) for chunk_id in chunk_ids]
+
+    def set_token_ids(self, chunk_id: int, tokenizer: str, token_ids: Sequence[int]) -> bool:
+        """Store or replace a chunk's ids for one tokenizer; False if the chunk is gone."""
+        blob = _token_blob(token_ids)
+        with self._writing() as db:
+            # SELECT ... WHERE, so that a chunk deleted meanwhile inserts nothing.
+            changed = db.execute(
+                "INSERT OR REPLACE INTO chunk_tokens (chunk_id, namespace, tokenizer, token_ids) "
+                "SELECT id, namespace, ?, ? FROM chunks WHERE id = ?",
+                (tokenizer, blob, int(chunk_id)),
+            )
+            return changed.rowcount > 0
+
+    # ---- vectors ------------------------------------------------------------------------------
+
+    def set_vectors(
+        self, chunk_ids: Sequence[int], vectors: npt.NDArray[np.float32], embedder: str
+    ) -> int:
+        """Give chunks vectors of a further embedder; returns how many were stored.
+
+        A chunk that is gone, or has a vector of this embedder already, is left as it is: vectors
+        never change, so an index knows them by chunk id alone.
+        """
+        matrix = _checked_vectors(vectors, len(chunk_ids))
+        num_stored = 0
+        with self._writing() as db:
+            namespaces = set()
+            for chunk_id, vector in zip(chunk_ids, matrix, strict=True):
+                row = db.execute(
+                    "SELECT namespace FROM chunks WHERE id = ?", (int(chunk_id),)
+                ).fetchone()
+                if row is None:
+                    continue
+                if row[0] not in namespaces:
+                    self._check_dim(row[0], embedder, matrix.shape[1])
+                    namespaces.add(row[0])
+                num_stored += db.execute(
+                    "INSERT INTO vectors (namespace, embedder, chunk_id, vector) "
+                    "VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                    (row[0], embedder, int(chunk_id), vector.tobytes()),
+                ).rowcount
+            for namespace in namespaces:
+                self._bump_generation(namespace)
+        return num_stored
+
+    def vectors(
+        self, chunk_ids: Sequence[int], embedder: str
+    ) -> list[npt.NDArray[np.float32] | None]:
+        """The chunks' vectors `(dim,)` float32, read-only, in line; None where not stored."""
+        found = {
+            row[0]: np.frombuffer(row[1], dtype=_VECTOR_DTYPE)
+            for row in self._rows_of_ids(
+                "SELECT chunk_id, vector FROM vectors WHERE embedder = ? AND chunk_id IN ({ids})",
+                chunk_ids,
+                embedder,
+            )
+        }
+        return [found.get(int(chunk_id)) for chunk_id in chunk_ids]
+
+    def vector_ids(self, namespace: str, embedder: str) -> npt.NDArray[np.int64]:
+        """The ids of all chunks with a vector, ascending: `(n,)` int64. Reads no vector."""
+        ids = [
+            chunk_id
+            for (chunk_id,) in self._pages(
+                "SELECT chunk_id FROM vectors "
+                "WHERE namespace = ? AND embedder = ? AND chunk_id > ? ORDER BY chunk_id LIMIT ?",
+                (namespace, embedder),
+                batch_rows=16 * _BATCH_ROWS,
+            )
+        ]
+        return np.array(ids, dtype=np.int64)
+
+    def iter_vectors(
+        self, namespace: str, embedder: str, *, batch_rows: int = _BATCH_ROWS
+    ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
+        """Yield `(ids (n,) int64 ascending, matrix (n, dim) float32)`, n at most `batch_rows`."""
+        after = 0
+        while rows := self._rows(
+            "SELECT chunk_id, vector FROM vectors "
+            "WHERE namespace = ? AND embedder = ? AND chunk_id > ? ORDER BY chunk_id LIMIT ?",
+            (namespace, embedder, after, batch_rows),
+        ):
+            after = rows[-1][0]
+            matrix = np.frombuffer(b"".join(row[1] for row in rows), dtype=_VECTOR_DTYPE)
+            yield np.array([row[0] for row in rows], dtype=np.int64), matrix.reshape(len(rows), -1)
+
+    def chunks_without_vector(self, namespace: str, embedder: str) -> Iterator[int]:
+        """Yield the ids of chunks that have no vector of `embedder`, ascending."""
+        for (chunk_id,) in self._pages(
+            "SELECT id FROM chunks c WHERE namespace = ? AND NOT EXISTS ("
+            "  SELECT 1 FROM vectors v"
+            "  WHERE v.namespace = c.namespace AND v.embedder = ? AND v.chunk_id = c.id"
+            ") AND id > ? ORDER BY id LIMIT ?",
+            (namespace, embedder),
+        ):
+            yield chunk_id
+
+    # ---- references to blocks -----------------------------------------------------------------
+
+    def add_block_ref(self, key: str, chunk_id: int, scope: str) -> bool:
+        """Note that block `key` holds the KV of a chunk in `scope`; noted already is fine.
+
+        scope: what makes blocks of one chunk differ (model, codec, corpus prefix), as one text.
+        False if the chunk is gone: nothing then refers to the block, and its writer deletes it.
+        """
+        _check_name("block key", key)
+        with self._writing() as db:
+            exists = db.execute("SELECT namespace FROM chunks WHERE id = ?", (int(chunk_id),))
+            row = exists.fetchone()
+            if row is None:
+                return False
+            db.execute(
+                "INSERT INTO block_refs (chunk_id, namespace, scope, block_key) "
+                "VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                (int(chunk_id), row[0], scope, key),
+            )
+        return True
+
+    def forget_block(self, key: str) -> int:
+        """Drop all references to a block that the store lost; returns how many there were."""
+        with self._writing() as db:
+            return db.execute("DELETE FROM block_refs WHERE block_key = ?", (key,)).rowcount
+
+    def block_keys(self) -> Iterator[str]:
+        """Yield every key that some chunk refers to, once, ascending."""
+        after = ""
+        while rows := self._rows(
+            "SELECT DISTINCT block_key FROM block_refs WHERE block_key > ? "
+            "ORDER BY block_key LIMIT ?",
+            (after, _BATCH_ROWS),
+        ):
+            after = rows[-1][0]
+            yield from (key for (key,) in rows)
+
+    def chunks_without_block(self, namespace: str, scope: str) -> Iterator[int]:
+        """Yield the ids of chunks that have no block in `scope`, ascending."""
+        for (chunk_id,) in self._pages(
+            "SELECT id FROM chunks c WHERE namespace = ? AND NOT EXISTS ("
+            "  SELECT 1 FROM block_refs r WHERE r.chunk_id = c.id AND r.scope = ?"
+            ") AND id > ? ORDER BY id LIMIT ?",
+            (namespace, scope),
+        ):
+            yield chunk_id
+
+    # ---- settings and numbers -----------------------------------------------------------------
+
+    def setting(self, namespace: str, key: str) -> str | None:
+        """A setting's value, or None."""
+        rows = self._rows(
+            "SELECT value FROM settings WHERE namespace = ? AND key = ?", (namespace, key)
+        )
+        return str(rows[0][0]) if rows else None
+
+    def set_setting(self, namespace: str, key: str, value: str, *, overwrite: bool = True) -> str:
+        """Store a setting; returns the value now in force.
+
+        With `overwrite=False` the first writer wins, also among processes: so is a corpus prefix
+        fixed once.
+        """
+        _check_name("namespace", namespace)
+        _check_name("setting key", key)
+        clash = "DO UPDATE SET value = excluded.value" if overwrite else "DO NOTHING"
+        with self._writing() as db:
+            db.execute(
+                "INSERT INTO settings (namespace, key, value) VALUES (?, ?, ?) "
+                f"ON CONFLICT (namespace, key) {clash}",
+                (namespace, key, value),
+            )
+            return self.setting(namespace, key) or ""
+
+    def namespaces(self) -> list[str]:
+        """Every namespace that documents were ever added to, sorted."""
+        return [name for (name,) in self._rows("SELECT namespace FROM namespaces ORDER BY 1", ())]
+
+    def counts(self, namespace: str | None = None) -> Counts:
+        """Documents, chunks, vectors and distinct blocks of a namespace, or of all."""
+        where = "" if namespace is None else "WHERE namespace = ?"
+        values = () if namespace is None else (namespace,)
+        numbers = [
+            self._rows(f"SELECT {what} FROM {table} {where}", values)[0][0]
+            for table, what in (
+                ("documents", "count(*)"),
+                ("chunks", "count(*)"),
+                ("vectors", "count(*)"),
+                ("block_refs", "count(DISTINCT block_key)"),
+            )
+        ]
+        return Counts(*numbers)
+
+    def generation(self, namespace: str) -> int:
+        """A number that grows with every change to the namespace's chunks or vectors; 0 at first.
+
+        The steps are random, so that a catalog restored from a backup and changed anew does not
+        come by a number that an index file of the lost future carries.
+        """
+        rows = self._rows("SELECT generation FROM namespaces WHERE namespace = ?", (namespace,))
+        return int(rows[0][0]) if rows else 0
+
+    # ---- helpers ------------------------------------------------------------------------------
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction, committed at the end of the block, rolled back by any exception."""
+        with self._lock, translated(self._path):
+            # IMMEDIATE waits for the writer's lock now; a read that upgrades later may not wait.
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                # A full disk may have rolled back already.
+                if self._db.in_transaction:
+                    self._db.rollback()
+                raise
+
+    def _rows(self, sql: str, values: tuple[object, ...]) -> list[Any]:
+        with self._lock, translated(self._path):
+            return self._db.execute(sql, values).fetchall()
+
+    def _rows_of_ids(self, sql: str, ids: Sequence[int], *values: object) -> Iterator[Any]:
+        """Rows of `sql`, whose `{ids}` stands for the ids of one batch."""
+        for first in range(0, len(ids), _BATCH_ROWS):
+            batch = [int(chunk_id) for chunk_id in ids[first : first + _BATCH_ROWS]]
+            marks = ",".join("?" * len(batch))
+            yield from self._rows(sql.format(ids=marks), (*values, *batch))
+
+    def _pages(
+        self, sql: str, values: tuple[object, ...], *, batch_rows: int = _BATCH_ROWS
+    ) -> Iterator[Any]:
+        """Rows of `sql`, whose last two values are "id greater than" and "at most"."""
+        after = 0
+        while rows := self._rows(sql, (*values, after, batch_rows)):
+            after = rows[-1][0]
+            yield from rows
+
+    def _bump_generation(self, namespace: str) -> None:
+        step = random.randint(1, _LARGEST_STEP)
+        self._db.execute(
+            "INSERT INTO namespaces (namespace, generation) VALUES (?, ?) "
+            "ON CONFLICT (namespace) DO UPDATE SET generation = generation + excluded.generation",
+            (namespace, step),
+        )
+
+    def _check_dim(self, namespace: str, embedder: str, dim: int) -> None:
+        rows = self._rows(
+            "SELECT length(vector) FROM vectors WHERE namespace = ? AND embedder = ? LIMIT 1",
+            (namespace, embedder),
+        )
+        if rows and rows[0][0] != dim * _VECTOR_DTYPE.itemsize:
+            stored = rows[0][0] // _VECTOR_DTYPE.itemsize
+            raise ValueError(f"embedder {embedder!r} has {stored} components here, got {dim}")
+
+
+_SELECT_DOCUMENT = (
+    "SELECT d.id, d.namespace, d.title, d.source, d.metadata, d.added_at, "
+    "(SELECT count(*) FROM chunks c WHERE c.namespace = d.namespace AND c.document_id = d.id) "
+    "FROM documents d"
+)
+
+
+def _stored_document(row: Any) -> StoredDocument:
+    try:
+        metadata = None if row[4] is None else json.loads(row[4])
+    except ValueError as exc:
+        raise CatalogError(f"the metadata of document {row[0]} is damaged: {exc}") from exc
+    return StoredDocument(row[0], row[1], row[2], row[3], metadata, row[5], row[6])
+
+
+def _token_blob(token_ids: Sequence[int]) -> bytes:
+    ids = np.asarray(token_ids, dtype=np.int64)
+    if ids.ndim != 1 or not ids.size:
+        raise ValueError(f"token ids are a non-empty list, got shape {ids.shape}")
+    if ids.min() < 0 or ids.max() > np.iinfo(_TOKEN_DTYPE).max:
+        raise ValueError("token ids must fit 32 bits without sign")
+    return ids.astype(_TOKEN_DTYPE).tobytes()
+
+
+def _checked_vectors(vectors: npt.NDArray[np.float32], rows: int) -> npt.NDArray[np.float32]:
+    matrix = np.ascontiguousarray(vectors, dtype=_VECTOR_DTYPE)
+    if matrix.ndim != 2 or matrix.shape[0] != rows or not matrix.shape[1]:
+        raise ValueError(f"vectors must have the shape ({rows}, dim), got {matrix.shape}")
+    if not np.isfinite(matrix).all():
+        raise ValueError("vectors must be finite")
+    return matrix
+
+
+def _check_name(what: str, value: str) -> None:
+    if not isinstance(value, str) or not 0 < len(value) <= _LONGEST_NAME:
+        raise ValueError(f"{what} must have 1 to {_LONGEST_NAME} characters, got {value!r:.80}")

@@ -1,0 +1,85 @@
+"""A document: what a user adds, named by its content.
+
+Knows nothing of files, chunks or storage.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+from .errors import DocumentError
+
+__all__ = ["MAX_DOCUMENT_BYTES", "Document"]
+
+MAX_DOCUMENT_BYTES = 64 << 20
+_ID_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text with a title, where it came from, and free metadata.
+
+    text:     what the model reads, kept as it is; not only whitespace, at most 64 MiB of UTF-8
+    title:    one line; runs of whitespace become one space. May be empty
+    source:   where it came from, for people; not part of the identity
+    metadata: JSON values under string keys; copied, so that later changes do not reach it
+    id:       32 hex digits, a digest of title and text: same content, same id
+
+    Raises DocumentError for anything else.
+    """
+
+    text: str
+    title: str = ""
+    source: str = ""
+    metadata: dict[str, Any] | None = field(default=None, hash=False)
+    id: str = field(init=False, default="", compare=False)
+
+    def __post_init__(self) -> None:
+        """Validate, normalise the title, copy the metadata and compute the id."""
+        for name in ("text", "title", "source"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise DocumentError(f"{name} must be a string, got {type(value).__name__}")
+        if not self.text.strip():
+            raise DocumentError("the text is empty or only whitespace")
+        title = " ".join(self.title.split())
+        text_bytes = _utf8("text", self.text)
+        title_bytes = _utf8("title", title)
+        _utf8("source", self.source)
+        if len(text_bytes) + len(title_bytes) > MAX_DOCUMENT_BYTES:
+            raise DocumentError(
+                f"the document has {len(text_bytes) + len(title_bytes)} bytes, "
+                f"more than the {MAX_DOCUMENT_BYTES} allowed"
+            )
+        object.__setattr__(self, "title", title)
+        object.__setattr__(self, "metadata", _json_copy(self.metadata))
+        # The length in front keeps ("ab", "c") and ("a", "bc") apart.
+        digest = blake2b(len(title_bytes).to_bytes(8, "little"), digest_size=_ID_BYTES)
+        digest.update(title_bytes)
+        digest.update(text_bytes)
+        object.__setattr__(self, "id", digest.hexdigest())
+
+
+def _utf8(name: str, value: str) -> bytes:
+    try:
+        return value.encode()
+    except UnicodeEncodeError as exc:
+        # Lone surrogates come out of JSON escapes; neither SQLite nor a tokenizer takes them.
+        raise DocumentError(f"the {name} is not valid Unicode: {exc.reason}") from exc
+
+
+def _json_copy(metadata: object) -> dict[str, Any] | None:
+    if metadata is None:
+        return None
+    if not isinstance(metadata, dict) or not all(isinstance(key, str) for key in metadata):
+        raise DocumentError("metadata must be a dict with string keys")
+    try:
+        dumped = json.dumps(metadata, allow_nan=False, ensure_ascii=False)
+        dumped.encode()
+        copied: dict[str, Any] = json.loads(dumped)
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise DocumentError(f"metadata must hold JSON values only: {exc}") from exc
+    return copied

@@ -1,0 +1,49 @@
+"""The errors of the retrieval room.
+
+    RetrievalError
+    ├── DocumentError      also ValueError: a document, or a path to one, that cannot be taken
+    ├── CatalogError       the SQLite catalog is locked, damaged, read-only, full or too new
+    ├── EmbedderError      the embedding model is absent, unusable or gave unusable vectors
+    └── MissingExtraError  also ImportError: an optional library is not installed
+
+What is merely absent is `None`, never an error. A damaged index file is neither: it is rebuilt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["CatalogError", "DocumentError", "EmbedderError", "MissingExtraError", "RetrievalError"]
+
+
+class RetrievalError(Exception):
+    """Root of everything this room raises on purpose."""
+
+
+class DocumentError(RetrievalError, ValueError):
+    """A document, or a path that should hold one, was refused; the message says why."""
+
+
+class CatalogError(RetrievalError):
+    """The catalog could not be opened, read or written; nothing was half-written."""
+
+
+class EmbedderError(RetrievalError):
+    """The embedding model is absent or unusable."""
+
+
+class MissingExtraError(RetrievalError, ImportError):
+    """A library of the `retrieval` extra is not installed, or does not import."""
+
+
+@contextmanager
+def needs_extra(library: str, purpose: str) -> Iterator[None]:
+    """Turn an ImportError of `library` inside the block into one that names the extra."""
+    try:
+        yield
+    except ImportError as exc:
+        raise MissingExtraError(
+            f"{purpose} needs {library}, which does not import ({exc}); "
+            "install it with: pip install 'kvrag[retrieval]'"
+        ) from exc

@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import sqlite3
+import threading
+
+import numpy as np
+import pytest
+
+from kvrag.retrieval import Catalog, CatalogError, ChunkInput, Counts, Document
+
+from .helpers import EMBEDDER, TOKENIZER, add, make_document, open_catalog, unit_vectors
+
+
+@pytest.fixture
+def catalog(tmp_path):
+    with open_catalog(tmp_path) as opened:
+        yield opened
+
+
+def test_what_goes_in_comes_out_after_reopening(tmp_path):
+    with open_catalog(tmp_path) as catalog:
+        document = Document("the text", "T", "a.txt", {"page": [1, "é"]})
+        chunk = ChunkInput("T", "the\0text 👩‍👩‍👧‍👦", [5, 2**32 - 1])
+        vectors = unit_vectors(1, 1)
+        assert catalog.add_document(
+            "n", document, [chunk], tokenizer="tok", vectors=vectors, embedder="emb"
+        )
+        identity = catalog.identity
+    with open_catalog(tmp_path) as catalog:
+        assert catalog.identity == identity
+        assert len(identity) == 32
+        stored = catalog.document("n", document.id)
+        assert catalog.documents("n") == [stored]
+        assert (stored.title, stored.source, stored.num_chunks) == ("T", "a.txt", 1)
+        assert stored.metadata == {"page": [1, "é"]}
+        (chunk_id,) = catalog.document_chunks("n", document.id)
+        (read,) = catalog.chunk([chunk_id])
+        assert (read.title, read.text, read.source) == ("T", chunk.text, "a.txt")
+        assert (read.document_id, read.ordinal, read.namespace) == (document.id, 0, "n")
+        assert catalog.token_ids([chunk_id], "tok") == [[5, 2**32 - 1]]
+        ((ids, matrix),) = catalog.iter_vectors("n", "emb")
+        assert ids.tolist() == [chunk_id]
+        np.testing.assert_array_equal(matrix, vectors)
+        assert catalog.counts("n") == catalog.counts() == Counts(1, 1, 1, 0)
+
+
+def test_adding_twice_changes_nothing(catalog):
+    assert add(catalog, 1) is True
+    before = catalog.counts(), catalog.generation("default"), catalog.documents("default")
+    assert add(catalog, 1) is False
+    assert (catalog.counts(), catalog.generation("default"), catalog.documents("default")) == before
+    assert add(catalog, 1, namespace="other") is True
+
+
+def test_batches_line_up_with_their_ids(catalog):
+    add(catalog, 1, chunks=700)  # more than one batch
+    ids = catalog.document_chunks("default", make_document(1).id)
+    asked = [10**9, *ids[::-1], ids[0], -1]
+    read = catalog.chunk(asked)
+    assert [chunk and chunk.id for chunk in read] == [None, *ids[::-1], ids[0], None]
+    tokens = catalog.token_ids(asked, TOKENIZER)
+    assert tokens[0] is tokens[-1] is None
+    assert tokens[1] == [1, 699, 2**32 - 1]
+    assert catalog.token_ids(ids, "another") == [None] * 700
+    assert catalog.vectors([10**9, ids[3]], EMBEDDER)[0] is None
+    np.testing.assert_array_equal(catalog.vectors(ids, EMBEDDER)[3], unit_vectors(1, 700)[3])
+    assert catalog.chunk([]) == []
+
+
+def test_token_ids_of_a_further_tokenizer(catalog):
+    add(catalog, 1)
+    first, second = catalog.document_chunks("default", make_document(1).id)
+    assert catalog.set_token_ids(first, "new", [1, 2])
+    assert catalog.set_token_ids(first, "new", [3])
+    assert not catalog.set_token_ids(10**9, "new", [3])
+    assert catalog.token_ids([second, first], "new") == [None, [3]]
+
+
+def test_vectors_of_a_further_embedder(catalog):
+    add(catalog, 1)
+    ids = list(catalog.chunks_without_vector("default", "new"))
+    assert ids == catalog.document_chunks("default", make_document(1).id)
+    generation = catalog.generation("default")
+    assert catalog.set_vectors([ids[0], 10**9], unit_vectors(5, 2, dim=3), "new") == 1
+    assert catalog.generation("default") > generation
+    assert list(catalog.chunks_without_vector("default", "new")) == ids[1:]
+    assert catalog.set_vectors(ids, unit_vectors(6, 2, dim=3), "new") == 1
+    np.testing.assert_array_equal(catalog.vectors(ids, "new")[0], unit_vectors(5, 2, dim=3)[0])
+    with pytest.raises(ValueError, match="3 components here, got 4"):
+        catalog.set_vectors(ids, unit_vectors(6, 2, dim=4), "new")
+
+
+def test_block_references_by_scope(catalog):
+    add(catalog, 1, chunks=3)
+    add(catalog, 1, namespace="other", chunks=1)
+    ids = catalog.document_chunks("default", make_document(1).id)
+    assert list(catalog.chunks_without_block("default", "m1")) == ids
+    assert catalog.add_block_ref("key-1", ids[0], "m1")
+    assert catalog.add_block_ref("key-1", ids[0], "m1")
+    assert catalog.add_block_ref("key-2", ids[0], "m2")
+    assert not catalog.add_block_ref("key-3", 10**9, "m1")
+    assert list(catalog.chunks_without_block("default", "m1")) == ids[1:]
+    assert list(catalog.chunks_without_block("default", "m3")) == ids
+    assert list(catalog.block_keys()) == ["key-1", "key-2"]
+    assert catalog.forget_block("key-1") == 1
+    assert list(catalog.chunks_without_block("default", "m1")) == ids
+
+
+def test_iterators_page_and_see_changes(catalog):
+    add(catalog, 1, chunks=1100)
+    missing = catalog.chunks_without_block("default", "m")
+    first = next(missing)
+    catalog.delete_document("default", make_document(1).id)
+    assert first > 0
+    assert len(list(missing)) == 511  # the rest of the page that was read already
+    add(catalog, 2, chunks=1100)
+    ids = catalog.document_chunks("default", make_document(2).id)
+    for chunk_id in ids:
+        catalog.add_block_ref(f"key-{chunk_id:05}", chunk_id, "m")
+    assert len(set(catalog.block_keys())) == 1100
+    batches = list(catalog.iter_vectors("default", EMBEDDER, batch_rows=500))
+    assert [len(batch_ids) for batch_ids, _ in batches] == [500, 500, 100]
+    assert np.concatenate([batch_ids for batch_ids, _ in batches]).tolist() == ids
+    assert catalog.vector_ids("default", EMBEDDER).tolist() == ids
+
+
+def test_delete_names_only_the_orphaned_blocks(catalog):
+    add(catalog, 1)
+    add(catalog, 2)
+    add(catalog, 1, namespace="other")
+    ids = catalog.document_chunks("default", make_document(1).id)
+    (kept, _) = catalog.document_chunks("default", make_document(2).id)
+    catalog.add_block_ref("own", ids[0], "m")
+    catalog.add_block_ref("own", ids[1], "m")
+    catalog.add_block_ref("shared", ids[0], "m")
+    catalog.add_block_ref("shared", kept, "m")
+    deleted = catalog.delete_document("default", make_document(1).id)
+    assert deleted.chunk_ids == tuple(ids)
+    assert deleted.orphaned_block_keys == ("own",)
+    assert catalog.delete_document("default", make_document(1).id) is None
+    assert catalog.chunk(ids) == [None, None]
+    assert catalog.token_ids(ids, TOKENIZER) == [None, None]
+    assert list(catalog.block_keys()) == ["shared"]
+    assert catalog.counts("default") == Counts(1, 2, 2, 1)
+    assert catalog.document("other", make_document(1).id) is not None
+
+
+def test_chunk_ids_are_never_given_twice(catalog):
+    add(catalog, 1)
+    old = catalog.document_chunks("default", make_document(1).id)
+    catalog.delete_document("default", make_document(1).id)
+    add(catalog, 1)
+    assert not set(old) & set(catalog.document_chunks("default", make_document(1).id))
+
+
+def test_namespaces_do_not_see_each_other(catalog):
+    add(catalog, 1, namespace="a")
+    add(catalog, 2, namespace="b")
+    ids = catalog.document_chunks("a", make_document(1).id)
+    assert catalog.document("b", make_document(1).id) is None
+    assert catalog.document_chunks("b", make_document(1).id) == []
+    assert catalog.chunk(ids, namespace="b") == [None, None]
+    assert catalog.delete_document("b", make_document(1).id) is None
+    assert catalog.generation("c") == 0
+    assert catalog.namespaces() == ["a", "b"]
+    assert len(catalog.vector_ids("b", EMBEDDER)) == 2
+
+
+def test_documents_are_paged_in_order_of_addition(catalog):
+    for number in (3, 1, 2):
+        add(catalog, number)
+    assert [d.title for d in catalog.documents("default", limit=2)] == ["title 3", "title 1"]
+    assert [d.title for d in catalog.documents("default", limit=2, offset=2)] == ["title 2"]
+    with pytest.raises(ValueError, match="not be negative"):
+        catalog.documents("default", limit=-1)
+
+
+def test_settings(catalog):
+    assert catalog.setting("n", "prefix") is None
+    assert catalog.set_setting("n", "prefix", "one", overwrite=False) == "one"
+    assert catalog.set_setting("n", "prefix", "two", overwrite=False) == "one"
+    assert catalog.set_setting("n", "prefix", "two") == "two"
+    assert catalog.setting("other", "prefix") is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vectors": np.zeros((2, 4), np.float32)},
+        {"vectors": np.full((1, 4), np.nan, np.float32)},
+        {"chunks": []},
+        {"chunks": [ChunkInput("", "x", [])]},
+        {"chunks": [ChunkInput("", "x", [-1])]},
+        {"chunks": [ChunkInput("", "x", [2**32])]},
+        {"namespace": ""},
+        {"vectors": np.zeros((1, 5), np.float32)},
+    ],
+)
+def test_inputs_that_do_not_line_up_change_nothing(catalog, change):
+    good = {
+        "namespace": "default",
+        "document": Document("body"),
+        "chunks": [ChunkInput("", "x", [1])],
+        "tokenizer": "t",
+        "vectors": np.zeros((1, 4), np.float32),
+        "embedder": "e",
+    }
+    catalog.add_document(**{**good, "document": Document("another")})
+    with pytest.raises(ValueError, match=r"."):
+        catalog.add_document(**{**good, **change})
+    assert catalog.counts() == Counts(1, 1, 1, 0)
+    assert catalog.add_document(**good)
+
+
+# ---- what can be wrong with the file ----------------------------------------------------------
+
+
+def test_newer_schema_is_refused_by_name(tmp_path):
+    open_catalog(tmp_path).close()
+    db = sqlite3.connect(tmp_path / "catalog.sqlite")
+    db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(CatalogError, match=r"version 99.*upgrade"):
+        open_catalog(tmp_path)
+
+
+def test_foreign_and_damaged_files(tmp_path):
+    db = sqlite3.connect(tmp_path / "foreign")
+    db.execute("CREATE TABLE x (y)")
+    db.close()
+    with pytest.raises(CatalogError, match="another program"):
+        Catalog.open(tmp_path / "foreign")
+    (tmp_path / "noise").write_bytes(b"noise" * 1000)
+    with pytest.raises(CatalogError, match="not an SQLite database"):
+        Catalog.open(tmp_path / "noise")
+    with pytest.raises(CatalogError, match="cannot be opened"):
+        Catalog.open(tmp_path)
+    with pytest.raises(CatalogError, match="has no folder"):
+        Catalog.open(tmp_path / "noise" / "catalog")
+
+
+def test_pages_overwritten_under_the_catalog(tmp_path):
+    with open_catalog(tmp_path) as catalog:
+        add(catalog, 1, chunks=500)
+    path = tmp_path / "catalog.sqlite"
+    data = bytearray(path.read_bytes())
+    data[8192:] = b"\xa5" * (len(data) - 8192)
+    path.write_bytes(data)
+    with pytest.raises(CatalogError, match="damaged"):
+        read_everything(path)
+
+
+def read_everything(path):
+    with Catalog.open(path) as catalog:
+        list(catalog.iter_vectors("default", EMBEDDER))
+        list(catalog.chunks_without_block("default", "m"))
+        catalog.documents("default")
+
+
+def test_locked_by_another_process(tmp_path):
+    with Catalog.open(tmp_path / "catalog.sqlite", busy_timeout_s=0.05) as catalog:
+        other = sqlite3.connect(tmp_path / "catalog.sqlite", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(CatalogError, match="in use by another process"):
+            add(catalog, 1)
+        assert catalog.documents("default") == []  # reading goes on
+        other.execute("ROLLBACK")
+        other.close()
+        assert add(catalog, 1)
+
+
+def test_full_disk_and_read_only(catalog):
+    add(catalog, 1)
+    pages = catalog._db.execute("PRAGMA page_count").fetchone()[0]
+    catalog._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(CatalogError, match="disk is full"):
+        add(catalog, 2, chunks=500)
+    assert catalog.counts().documents == 1
+    catalog._db.execute("PRAGMA max_page_count = 100000")
+    catalog._db.execute("PRAGMA query_only = ON")
+    with pytest.raises(CatalogError, match="read-only"):
+        add(catalog, 2)
+    catalog._db.execute("PRAGMA query_only = OFF")
+    assert add(catalog, 2)
+
+
+def test_closed_catalog(tmp_path):
+    catalog = open_catalog(tmp_path)
+    catalog.close()
+    catalog.close()
+    with pytest.raises(CatalogError, match="closed"):
+        catalog.counts()
+    with pytest.raises(CatalogError, match="closed"):
+        add(catalog, 1)
+
+
+def test_threads_and_two_connections(tmp_path):
+    failures: list[Exception] = []
+    added: list[bool] = []
+    with open_catalog(tmp_path) as one, open_catalog(tmp_path) as two:
+
+        def work(catalog: Catalog) -> None:
+            try:
+                for number in range(12):
+                    added.append(add(catalog, number))
+                    catalog.counts()
+            except Exception as exc:
+                failures.append(exc)
+
+        threads = [threading.Thread(target=work, args=(c,)) for c in (one, two, one, two)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+        assert sum(added) == 12
+        assert one.counts() == two.counts() == Counts(12, 24, 24, 0)

