@@ -1,0 +1,50 @@
+"""Whether a tier is worth asking: after a failure it is left alone for a while, then tried."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+__all__ = ["Clock", "Health"]
+
+Clock = Callable[[], float]
+
+_FIRST_S = 1.0
+_LONGEST_S = 60.0
+
+
+class Health:
+    """Back-off of one tier: 1 s after a failure, doubled by each further one, at most 60 s."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._pause_s = 0.0  # 0: healthy
+        self._until = 0.0
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the last attempt worked."""
+        with self._lock:
+            return not self._pause_s
+
+    def usable(self) -> bool:
+        """Whether to try: healthy, or the pause is over."""
+        with self._lock:
+            return not self._pause_s or self._clock() >= self._until
+
+    def failed(self) -> float:
+        """An attempt failed; the pause in seconds. Failures during a pause do not lengthen it."""
+        with self._lock:
+            now = self._clock()
+            if not self._pause_s or now >= self._until:
+                self._pause_s = min(max(_FIRST_S, 2 * self._pause_s), _LONGEST_S)
+                self._until = now + self._pause_s
+            return self._pause_s
+
+    def worked(self) -> bool:
+        """An attempt worked; whether the tier was unhealthy before."""
+        with self._lock:
+            recovered = bool(self._pause_s)
+            self._pause_s = 0.0
+            return recovered

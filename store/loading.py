@@ -1,0 +1,243 @@
+"""Reading a block: one loading, shared by all who have the block open.
+
+This is the one place where segments are checked against their checksums.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .block import Block, BlockHeader, encode_header, verify_segment
+from .errors import BlockFormatError, DamagedBlockError, StoreError, TierError
+
+if TYPE_CHECKING:
+    from .keys import BlockKey
+    from .ledger import Receipt
+    from .placement import Placement
+    from .slot import Slot
+
+__all__ = ["Expected", "Loading"]
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a block must be for the one who opens it. The address alone is not trusted."""
+
+    key: BlockKey
+    kind: str
+    fingerprint: str
+    token_ids: tuple[int, ...]
+
+    def mismatch(self, header: BlockHeader) -> str | None:
+        """What differs, in a sentence, or None."""
+        if header.key != self.key:
+            return f"it is block {header.key}"
+        if header.kind != self.kind:
+            return f"its kind is {header.kind}, not {self.kind}"
+        if header.fingerprint != self.fingerprint:
+            return f"its fingerprint is {header.fingerprint}, not {self.fingerprint}"
+        if header.token_ids != self.token_ids:
+            return "its token ids are others"
+        return None
+
+
+class Loading:
+    """A block on its way in. Each segment is read from a tier once, and held until the end.
+
+    All its segments are of one version: a copy whose header differs from the one found first (the
+    block was computed and put again) is passed over. Thread-safe.
+    """
+
+    def __init__(
+        self,
+        expected: Expected,
+        placement: Placement,
+        promote: Callable[[Loading, Block, Slot], None],
+    ) -> None:
+        self.expected = expected
+        self.users = 0  # kept by the store, under its lock
+        self._placement = placement
+        self._promote = promote
+        self._lock = threading.Lock()
+        self._sought = False
+        self._header: BlockHeader | None = None
+        self._slot: Slot | None = None
+        self._receipt: Receipt | None = None
+        self._held: list[memoryview | None] = []
+        self._missing = 0
+        self._failure: DamagedBlockError | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self._failure is not None
+
+    @property
+    def header(self) -> BlockHeader:
+        if self._header is None:
+            raise StoreError("the block was not found")
+        return self._header
+
+    @property
+    def tier(self) -> str:
+        slot = self._slot
+        return slot.name if slot is not None else ""
+
+    def find(self) -> bool:
+        """Seek the block, fastest tier first, unless that was done before; whether it was found."""
+        with self._lock:
+            if not self._sought:
+                self._seek(0)
+                self._sought = True
+                if self._header is not None:
+                    self._held = [None] * len(self._header.segments)
+                    self._missing = len(self._held)
+            if self._slot is None:
+                return False
+            self._slot.count(hits=1)
+            return True
+
+    def read(self, first: int, last: int) -> list[memoryview]:
+        """Verified segments `first` … `last - 1`, padded."""
+        if not 0 <= first < last <= len(self._held):
+            raise ValueError(
+                f"the block has segments 0 to {len(self._held)}, got the range {first} to {last}"
+            )
+        held = self._range(first, last)
+        if held is not None:  # without waiting for a read of other segments
+            return held
+        whole: Block | None = None
+        with self._lock:
+            index = first
+            while index < last:
+                if self._held[index] is not None:
+                    index += 1
+                    continue
+                end = index + 1
+                while end < last and self._held[end] is None:
+                    end += 1
+                self._fetch(index, end)
+                index = end
+            source = self._slot
+            if not self._missing and source not in (None, self._placement.slots[0]):
+                whole = self._whole()
+        if whole is not None and source is not None:
+            self._promote(self, whole, source)
+        held = self._range(first, last)
+        if held is None:
+            raise StoreError("the block was closed while it was read")
+        return held
+
+    def release(self) -> None:
+        """The last handle is closed."""
+        with self._lock:
+            self._unpin()
+            self._held = [None] * len(self._held)
+
+    def _range(self, first: int, last: int) -> list[memoryview] | None:
+        held = [view for view in self._held[first:last] if view is not None]
+        return held if len(held) == last - first else None
+
+    def _whole(self) -> Block:
+        segments = tuple(view for view in self._held if view is not None)
+        return Block(self.header, encode_header(self.header), segments)
+
+    # -- all below with the lock held, I/O included: this is what makes it a single flight --------
+
+    def _fetch(self, first: int, last: int) -> None:
+        """Read from the present tier, or from the next one that has the same block."""
+        if self._failure is not None:
+            raise self._failure
+        name, reason = self.tier, "the block is gone"
+        while self._slot is not None:
+            slot, name = self._slot, self._slot.name
+            try:
+                with slot.asked():
+                    views = slot.tier.segments(self.expected.key, first, last)
+                if views is not None:
+                    self._keep(first, views)
+                    return
+                self._placement.correct(slot, self.expected.key)
+                reason = "the block is gone"
+            except TierError as exc:
+                reason = exc.reason
+            except BlockFormatError as exc:
+                reason = str(exc)
+                self._judge(slot, reason, held=self._header)
+            self._unpin()
+            self._seek(self._placement.slots.index(slot) + 1)
+        self._failure = DamagedBlockError(self.expected.key, name, reason)
+        raise self._failure
+
+    def _keep(self, first: int, views: list[memoryview]) -> None:
+        for index, view in enumerate(views, start=first):
+            verify_segment(self.header, index, view)
+        for index, view in enumerate(views, start=first):
+            self._held[index] = view
+        self._missing -= len(views)
+        if self._slot is not None:
+            self._slot.count(bytes_read=sum(map(len, views)))
+
+    def _judge(self, slot: Slot, reason: str, *, held: BlockHeader | None = None) -> None:
+        """Quarantine a copy found damaged, unless another was put in its place meanwhile.
+
+        `held`: the header that is sound, when it was its segments that were not.
+        """
+        key = self.expected.key
+        with self._placement.writing.held(key):
+            try:
+                with slot.asked():
+                    header = slot.tier.header(key)
+                damaged = header is not None and (
+                    header == held or self.expected.mismatch(header) is not None
+                )
+            except TierError:
+                return
+            except BlockFormatError:
+                damaged = True
+            if damaged:
+                self._placement.quarantine_held(slot, key, reason)
+
+    def _seek(self, start: int) -> None:
+        """Settle on the first tier from `start` on that has the block, or on none."""
+        self._slot = None
+        for slot in self._placement.slots[start:]:
+            if not slot.usable():
+                continue
+            receipt = slot.ledger.pin(self.expected.key)
+            header = self._look(slot, known=receipt is not None)
+            if header is not None and self._header in (None, header):
+                self._header = header
+                self._slot = slot
+                self._receipt = receipt or self._placement.adopt(slot, header)
+                return
+            if receipt is not None:
+                slot.ledger.unpin(receipt)
+
+    def _look(self, slot: Slot, *, known: bool) -> BlockHeader | None:
+        key = self.expected.key
+        try:
+            with slot.asked():
+                header = slot.tier.header(key)
+        except TierError:
+            return None
+        except BlockFormatError as exc:
+            self._judge(slot, str(exc))
+            return None
+        if header is None:
+            slot.count(misses=1)
+            if known:
+                self._placement.correct(slot, key)
+            return None
+        mismatch = self.expected.mismatch(header)
+        if mismatch is not None:
+            self._judge(slot, mismatch)
+            return None
+        return header
+
+    def _unpin(self) -> None:
+        if self._slot is not None and self._receipt is not None:
+            self._slot.ledger.unpin(self._receipt)
+        self._receipt = None

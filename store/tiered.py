@@ -1,0 +1,249 @@
+"""The store: tiers composed, fastest first.
+
+    with TieredStore([TierSlot(RamTier(), 2**30), TierSlot(DiskTier(root), 2**36)]) as store:
+        store.put(key, block)
+        with store.open(key, fingerprint=…, token_ids=…) as reader:
+            reader.read(0, 1)
+
+It owns admission, promotion, eviction, shared loading, pins and counters. A tier that fails is
+logged, counted and bypassed, and comes back when it recovers: reading and writing blocks never
+raise because of one. It knows nothing of models and prompts.
+
+Call `protect` with what the corpus refers to before anything is put: a tier that starts above its
+limit evicts at the next admission.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Self
+
+from .errors import StoreError, TierError
+from .eviction import Policy, lru
+from .loading import Expected, Loading
+from .placement import Placement, PutOutcome
+from .reader import BlockReader
+from .slot import Slot, TierSlot
+from .stats import StoreStats, TierStats
+from .tier import check_key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from .block import Block
+    from .health import Clock
+    from .keys import BlockKey
+
+__all__ = [
+    "BlockReader",
+    "PutOutcome",
+    "StoreStats",
+    "TierSlot",
+    "TierStats",
+    "TieredStore",
+]
+
+
+class TieredStore:
+    """Blocks in several tiers, fastest first. Thread-safe. Closes its tiers.
+
+    Raises `ValueError` for no tier, or two of one name.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[TierSlot],
+        *,
+        policy: Policy = lru,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        names = [place.tier.name for place in slots]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"a store needs tiers of different names, got {names}")
+        self._placement = Placement([Slot(place, clock=clock, policy=policy) for place in slots])
+        self._lock = threading.Lock()
+        self._loadings: dict[BlockKey, Loading] = {}
+        self._open_blocks = 0
+        self._closed = False
+
+    def open(
+        self,
+        key: BlockKey,
+        *,
+        fingerprint: str,
+        token_ids: Sequence[int],
+        kind: str = "chunk",
+    ) -> BlockReader | None:
+        """A reader of the block, or None for a miss. Close it.
+
+        The header is verified: key, kind, fingerprint and token ids. A copy that differs is
+        quarantined like any damaged one, and the next tier tried. Who opens a block that is open
+        already shares its segments. Raises `StoreError` after `close`, nothing for a failing tier.
+        """
+        expected = Expected(key, kind, fingerprint, tuple(token_ids))
+        loading = self._join(expected)
+        try:
+            found = loading is not None and loading.find()
+        except BaseException:
+            self._leave(loading)
+            raise
+        if loading is None or not found:
+            self._leave(loading)
+            return None
+        for slot in self._placement.slots:
+            # In every tier: a block that is hot in memory must not become the oldest on disk.
+            if slot.ledger.touch(key):
+                slot.tier.touch(key)
+        return BlockReader(loading, lambda: self._leave(loading))
+
+    def put(self, key: BlockKey, block: Block, *, protected: bool = False) -> PutOutcome:
+        """Write the block through to every tier that takes it; copies, and replaces one of the key.
+
+        `protected` protects the key, as `protect` does. A tier that fails or has no room is named
+        in the outcome. Raises `ValueError` if the block is of another key, `StoreError` after
+        `close`, nothing for a failing tier or a full disk.
+        """
+        self._check_open()
+        check_key(key, block)
+        if protected:
+            self._placement.protect([key])
+        with self._placement.writing.held(key):
+            try:
+                return self._placement.write_held(key, block)
+            finally:
+                self._detach(key)
+
+    def delete(self, key: BlockKey) -> bool:
+        """Delete the block from all tiers, open or not; whether one held it.
+
+        Readers keep what they have read. Raises `TierError` after trying all tiers, if one failed:
+        it may still hold the block.
+        """
+        self._check_open()
+        with self._placement.writing.held(key):
+            try:
+                return self._placement.erase_held(key)
+            finally:
+                self._detach(key)
+
+    def contains(self, key: BlockKey) -> bool:
+        """Whether a tier holds something under the key; `open` tells whether it is sound."""
+        return self.locate([key])[0] is not None
+
+    def holds_durably(self, key: BlockKey) -> bool:
+        """Whether a durable tier that can be asked holds something under the key."""
+        self._check_open()
+        return any(
+            slot.durable and slot.usable() and slot.contains(key, unknown=False)
+            for slot in self._placement.slots
+        )
+
+    def locate(self, keys: Sequence[BlockKey]) -> list[str | None]:
+        """For each key, in order, the name of the fastest tier that holds it, or None."""
+        self._check_open()
+        places: list[str | None] = [None] * len(keys)
+        for slot in self._placement.slots:
+            open_indices = [index for index, place in enumerate(places) if place is None]
+            if not open_indices or not slot.usable():
+                continue
+            try:
+                with slot.asked():
+                    found = slot.tier.contains_many([keys[index] for index in open_indices])
+            except TierError:
+                continue
+            for index, held in zip(open_indices, found, strict=True):
+                if held:
+                    places[index] = slot.name
+        return places
+
+    def keys(self, tag: str | None = None) -> Iterator[BlockKey]:
+        """The keys in any tier, each once, of one namespace tag or of all.
+
+        Raises `TierError` if a tier fails: a list that silently lacks some is worse than none.
+        """
+        self._check_open()
+        seen: set[BlockKey] = set()
+        for slot in self._placement.slots:
+            with slot.asked():
+                seen.update(slot.tier.keys(tag))
+        return iter(sorted(seen))
+
+    def protect(self, keys: Iterable[BlockKey]) -> None:
+        """Never evict the last durable copy of these blocks, held now or put later."""
+        self._placement.protect(keys)
+
+    def unprotect(self, keys: Iterable[BlockKey]) -> None:
+        """Undo `protect`."""
+        self._placement.unprotect(keys)
+
+    def stats(self) -> StoreStats:
+        """Counters and sizes of every tier."""
+        with self._lock:
+            open_blocks = self._open_blocks
+        return StoreStats(tuple(slot.stats() for slot in self._placement.slots), open_blocks)
+
+    def close(self) -> None:
+        """Close the tiers. A second call does nothing. Readers can read only what they hold."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._loadings.clear()
+        for slot in self._placement.slots:
+            slot.tier.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # -- loadings ------------------------------------------------------------------------------
+
+    def _join(self, expected: Expected) -> Loading | None:
+        """The loading of that block, shared if there is one; None if it is one of other tokens."""
+        with self._lock:
+            if self._closed:
+                raise StoreError("the store is closed")
+            loading = self._loadings.get(expected.key)
+            if loading is None or loading.failed:
+                loading = Loading(expected, self._placement, self._promote)
+                self._loadings[expected.key] = loading
+            elif loading.expected != expected:
+                return None
+            if not loading.users:
+                self._open_blocks += 1
+            loading.users += 1
+            return loading
+
+    def _leave(self, loading: Loading | None) -> None:
+        if loading is None:
+            return
+        with self._lock:
+            loading.users -= 1
+            last = not loading.users
+            if last:
+                self._open_blocks -= 1
+                if self._loadings.get(loading.expected.key) is loading:
+                    del self._loadings[loading.expected.key]
+        if last:
+            loading.release()
+
+    def _detach(self, key: BlockKey) -> None:
+        """The block was put again or deleted: who opens it now must not share an older loading."""
+        with self._lock:
+            self._loadings.pop(key, None)
+
+    def _promote(self, loading: Loading, block: Block, source: Slot) -> None:
+        key = loading.expected.key
+        with self._placement.writing.held(key):
+            with self._lock:
+                current = self._loadings.get(key) is loading and not self._closed
+            if current:
+                self._placement.promote_held(key, block, source)
+
+    def _check_open(self) -> None:
+        with self._lock:
+            if self._closed:
+                raise StoreError("the store is closed")

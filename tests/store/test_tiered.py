@@ -1,0 +1,695 @@
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+
+import pytest
+
+from kvrag.store.disk import DiskTier
+from kvrag.store.errors import DamagedBlockError, StoreError, TierError
+from kvrag.store.ram import RamTier, _Held
+from kvrag.store.tiered import TieredStore, TierSlot
+
+from .doubles import FakeClock, SlowTier, in_threads
+from .helpers import FINGERPRINT, make_block, make_key, token_ids, whole_bytes
+
+SIZE = make_block(0).nbytes  # of every block here, unless it says otherwise
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture
+def ram():
+    return RamTier()
+
+
+@pytest.fixture
+def slow():
+    return SlowTier()
+
+
+@pytest.fixture
+def store(ram, slow, clock):
+    with TieredStore([TierSlot(ram, 4 * SIZE), TierSlot(slow)], clock=clock) as store:
+        yield store
+
+
+def open_block(store, name, **changes):
+    expected = {"fingerprint": FINGERPRINT, "token_ids": token_ids(name)}
+    return store.open(make_key(name), **(expected | changes))
+
+
+def put(store, name, **options):
+    return store.put(make_key(name), make_block(name), **options)
+
+
+def damage(tier, name, position=4096 + 7):
+    data = bytearray(tier._held[make_key(name)].data)
+    data[position] ^= 1
+    tier._held[make_key(name)] = _Held(memoryview(bytes(data)))
+
+
+def of(store, name):
+    return next(tier for tier in store.stats().tiers if tier.name == name)
+
+
+# -- put and open ------------------------------------------------------------------------------
+
+
+def test_put_goes_to_every_tier(store, ram, slow):
+    outcome = put(store, 1)
+    assert outcome.tiers == ("ram", "slow")
+    assert outcome.durable
+    assert outcome.refused == ()
+    assert ram.contains(make_key(1))
+    assert slow.contains(make_key(1))
+
+
+def test_a_block_comes_back(store):
+    put(store, 1)
+    with open_block(store, 1) as reader:
+        assert reader.header == make_block(1).header
+        assert reader.tier == "ram"
+        assert reader.read(0, 2) == list(make_block(1).segments)
+        assert reader.read(1, 2) == [make_block(1).segments[1]]
+        assert all(view.readonly for view in reader.read(0, 2))
+
+
+def test_a_miss_is_none(store):
+    assert open_block(store, 1) is None
+    assert not store.contains(make_key(1))
+    assert (of(store, "ram").misses, of(store, "slow").misses) == (1, 1)
+    assert store.stats().open_blocks == 0
+
+
+def test_put_of_another_key_is_refused(store):
+    with pytest.raises(ValueError, match="cannot be put as"):
+        store.put(make_key(2), make_block(1))
+
+
+def test_locate_lines_up(store, ram):
+    put(store, 1)
+    put(store, 3)
+    ram.delete(make_key(3))
+    keys = [make_key(name) for name in (0, 1, 2, 3, 1)]
+    assert store.locate(keys) == [None, "ram", None, "slow", "ram"]
+    assert store.locate([]) == []
+
+
+def test_holds_durably(store, ram, slow):
+    assert not store.holds_durably(make_key(1))
+    put(store, 1)
+    assert store.holds_durably(make_key(1))
+    slow.delete(make_key(1))
+    assert store.contains(make_key(1))
+    assert not store.holds_durably(make_key(1))
+    slow.down = True
+    assert not store.holds_durably(make_key(1))
+
+
+def test_keys_of_all_tiers_once(store, ram):
+    put(store, 1)
+    put(store, 2)
+    ram.delete(make_key(2))
+    other = make_key(3, "b" * 32)
+    store.put(other, make_block(3, tag="b" * 32))
+    assert set(store.keys()) == {make_key(1), make_key(2), other}
+    assert list(store.keys("b" * 32)) == [other]
+    assert len(list(store.keys())) == 3
+
+
+def test_delete_from_all_tiers(store, ram, slow):
+    put(store, 1)
+    assert store.delete(make_key(1))
+    assert not store.delete(make_key(1))
+    assert not ram.contains(make_key(1))
+    assert not slow.contains(make_key(1))
+    assert [tier.nbytes for tier in store.stats().tiers] == [0, 0]
+
+
+def test_a_range_outside_the_block_is_refused(store):
+    put(store, 1)
+    with open_block(store, 1) as reader:
+        for first, last in ((0, 3), (-1, 1), (1, 1), (2, 1)):
+            with pytest.raises(ValueError, match="segments 0 to 2"):
+                reader.read(first, last)
+
+
+def test_tiers_need_different_names():
+    for tiers in ([], [RamTier(), RamTier()]):
+        with pytest.raises(ValueError, match="different names"):
+            TieredStore([TierSlot(tier) for tier in tiers])
+    with pytest.raises(ValueError, match="limit_bytes of ram"):
+        TierSlot(RamTier(), -1)
+
+
+def test_after_close(store):
+    put(store, 1)
+    reader = open_block(store, 1)
+    reader.read(0, 1)
+    store.close()
+    store.close()
+    assert reader.read(0, 1) == [make_block(1).segments[0]]
+    with pytest.raises(DamagedBlockError):
+        reader.read(1, 2)
+    reader.close()
+    for use in (
+        lambda: open_block(store, 1),
+        lambda: put(store, 1),
+        lambda: store.delete(make_key(1)),
+        lambda: store.contains(make_key(1)),
+        lambda: store.keys(),
+    ):
+        with pytest.raises(StoreError):
+            use()
+
+
+# -- integrity ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", [3, 30, 4000, 4096 + 7, 8191, 8192 + 99])
+def test_a_damaged_copy_is_quarantined_and_the_next_tier_answers(store, ram, position):
+    put(store, 1)
+    damage(ram, 1, position)
+    with open_block(store, 1) as reader:
+        assert reader.read(0, 2) == list(make_block(1).segments)
+        assert reader.tier == "slow"
+    assert of(store, "ram").damaged == 1
+    # It was read whole from the slower tier, and so it is back in the faster one.
+    assert store.locate([make_key(1)]) == ["ram"]
+    assert of(store, "ram").nbytes == SIZE
+
+
+def test_no_sound_copy_is_a_typed_error(store, ram, slow):
+    put(store, 1)
+    damage(ram, 1)
+    damage(slow, 1)
+    with open_block(store, 1) as reader:
+        with pytest.raises(DamagedBlockError, match="checksum of segment 0") as caught:
+            reader.read(0, 2)
+        assert (caught.value.key, caught.value.tier) == (make_key(1), "slow")
+        with pytest.raises(DamagedBlockError):
+            reader.read(0, 1)
+        # Another one is not given the failed reader.
+        assert open_block(store, 1) is None
+        put(store, 1)
+        with open_block(store, 1) as again:
+            assert again.read(0, 2) == list(make_block(1).segments)
+    assert [tier.damaged for tier in store.stats().tiers] == [1, 1]
+    assert store.stats().open_blocks == 0
+
+
+def test_what_was_read_before_the_damage_stays(store, ram, slow):
+    put(store, 1)
+    damage(ram, 1, 8192 + 1)
+    damage(slow, 1, 8192 + 1)
+    with open_block(store, 1) as reader:
+        first = reader.read(0, 1)
+        with pytest.raises(DamagedBlockError):
+            reader.read(0, 2)
+        assert reader.read(0, 1) == first
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fingerprint": "model-2"},
+        {"token_ids": [1, 2, 3]},
+        {"token_ids": []},
+        {"kind": "vectors"},
+    ],
+)
+def test_another_content_than_expected_is_never_used(store, changes):
+    put(store, 1)
+    assert open_block(store, 1, **changes) is None
+    assert [tier.damaged for tier in store.stats().tiers] == [1, 1]
+    assert open_block(store, 1) is None
+
+
+def test_other_expectations_of_an_open_block_are_a_miss(store):
+    put(store, 1)
+    with open_block(store, 1) as reader:
+        assert open_block(store, 1, fingerprint="model-2") is None
+        assert reader.read(0, 2) == list(make_block(1).segments)
+    assert store.stats().open_blocks == 0
+
+
+def test_swapped_files_are_found(tmp_path):
+    with TieredStore([TierSlot(DiskTier(tmp_path))]) as store:
+        put(store, 1)
+        put(store, 2)
+        one, two = (
+            tmp_path / "blocks" / key.tag / key.digest[:2] / f"{key.digest}.kv"
+            for key in (make_key(1), make_key(2))
+        )
+        one.rename(tmp_path / "x")
+        two.rename(one)
+        (tmp_path / "x").rename(two)
+        assert open_block(store, 1) is None
+        assert open_block(store, 2) is None
+        assert store.stats().tiers[0].damaged == 2
+        assert len(list((tmp_path / "quarantine").iterdir())) == 2
+        assert store.stats().tiers[0].nbytes == 0
+
+
+# -- sharing -----------------------------------------------------------------------------------
+
+
+def test_single_flight(store, ram, slow):
+    """Ten requests for one block read each of its segments from the slow tier once."""
+    put(store, 1)
+    ram.delete(make_key(1))
+    slow.gate = threading.Event()
+    opened = threading.Barrier(11)
+
+    def read(_):
+        with open_block(store, 1) as reader:
+            opened.wait(10)
+            return [bytes(view) for view in reader.read(0, 1) + reader.read(1, 2)]
+
+    gate = threading.Thread(target=lambda: (opened.wait(10), slow.gate.set()))
+    gate.start()
+    results = in_threads(10, read)
+    gate.join()
+    assert all(result == [bytes(view) for view in make_block(1).segments] for result in results)
+    assert sorted(slow.reads) == [(0, 1), (1, 2)]
+    assert of(store, "slow").bytes_read == 2 * 4096
+    assert of(store, "slow").hits == 10
+
+
+def test_what_is_held_is_not_read_again(store, ram, slow):
+    key = make_key(1)
+    shape = (5, 1, 3, 4)
+    block = make_block(1, layers=5, k_shape=shape, v_shape=shape)
+    store.put(key, block)
+    ram.delete(key)
+    with open_block(store, 1) as reader:
+        assert reader.read(1, 2) == [block.segments[1]]
+        assert reader.read(0, 4) == list(block.segments[:4])
+        assert reader.read(3, 5) == list(block.segments[3:])
+    assert slow.reads == [(1, 2), (0, 1), (2, 4), (4, 5)]
+
+
+def test_a_held_segment_does_not_wait_for_a_read_of_others(store, ram, slow):
+    put(store, 1)
+    ram.delete(make_key(1))
+    with open_block(store, 1) as one, open_block(store, 1) as other:
+        one.read(0, 1)
+        slow.gate = threading.Event()
+        thread = threading.Thread(target=lambda: one.read(1, 2))
+        thread.start()
+        assert other.read(0, 1) == [make_block(1).segments[0]]
+        slow.gate.set()
+        thread.join()
+
+
+def test_each_handle_closes_once_and_the_pin_goes_with_the_last(store, ram, slow):
+    put(store, 1)
+    one, other = open_block(store, 1), open_block(store, 1)
+    views = one.read(0, 2)
+    one.close()
+    one.close()
+    with pytest.raises(StoreError, match="closed"):
+        one.read(0, 1)
+    assert store.stats().open_blocks == 1
+    for name in range(2, 8):  # more than the fast tier holds
+        put(store, name)
+    assert ram.contains(make_key(1))
+    other.close()
+    assert store.stats().open_blocks == 0
+    for name in range(8, 12):
+        put(store, name)
+    assert not ram.contains(make_key(1))
+    assert views == list(make_block(1).segments)
+
+
+def test_readers_keep_what_they_have_when_the_block_is_deleted_or_put_again(store):
+    put(store, 1)
+    with open_block(store, 1) as reader:
+        old = reader.read(0, 1)
+        store.put(make_key(1), make_block(1, version=1))
+        # Never segments of two versions through one reader.
+        with pytest.raises(DamagedBlockError):
+            reader.read(1, 2)
+        assert old == [make_block(1).segments[0]]
+    assert sum(tier.damaged for tier in store.stats().tiers) == 0
+    with open_block(store, 1) as reader:
+        assert reader.read(0, 2) == list(make_block(1, version=1).segments)
+        store.delete(make_key(1))
+        assert open_block(store, 1) is None
+        assert reader.read(0, 2) == list(make_block(1, version=1).segments)
+    assert open_block(store, 1) is None
+
+
+def test_an_old_reader_does_not_promote_over_a_new_block_or_a_deleted_one(store, ram, slow):
+    for act in (
+        lambda: store.put(make_key(1), make_block(1, version=1)),
+        lambda: store.delete(make_key(1)),
+    ):
+        store.put(make_key(1), make_block(1))
+        ram.delete(make_key(1))
+        with open_block(store, 1) as reader:
+            reader.read(0, 1)
+            # The rest is read, and only then do the others act; the promotion comes last.
+            slow.gate = threading.Event()
+            thread = threading.Thread(target=lambda reader=reader: _swallow(reader))
+            thread.start()
+            act()
+            slow.gate.set()
+            thread.join()
+            slow.gate = None
+        found = open_block(store, 1)
+        if found is not None:
+            with found:
+                assert found.read(0, 2) == list(make_block(1, version=1).segments)
+
+
+def _swallow(reader):
+    with contextlib.suppress(DamagedBlockError):
+        reader.read(0, 2)
+
+
+# -- promotion, limits and protection ----------------------------------------------------------
+
+
+def test_promotion_after_the_last_segment(store, ram):
+    put(store, 1)
+    ram.delete(make_key(1))
+    with open_block(store, 1) as reader:
+        reader.read(1, 2)
+        assert not ram.contains(make_key(1))
+        reader.read(0, 1)
+        assert ram.contains(make_key(1))
+        assert reader.tier == "slow"
+    with open_block(store, 1) as reader:
+        assert reader.tier == "ram"
+        assert reader.read(0, 2) == list(make_block(1).segments)
+    assert bytes(ram._held[make_key(1)].data) == whole_bytes(make_block(1))
+
+
+def test_three_tiers_promote_to_all_faster_ones():
+    tiers = [RamTier("a"), SlowTier("b"), SlowTier("c")]
+    with TieredStore([TierSlot(tier) for tier in tiers]) as store:
+        tiers[2].put(make_key(1), make_block(1))
+        with open_block(store, 1) as reader:
+            assert reader.tier == "c"
+            reader.read(0, 2)
+        assert all(tier.contains(make_key(1)) for tier in tiers)
+
+
+def test_the_limit_holds_and_the_oldest_goes(store, ram):
+    for name in range(6):
+        put(store, name)
+        assert of(store, "ram").nbytes == ram.nbytes <= 4 * SIZE
+    assert [ram.contains(make_key(name)) for name in range(6)] == [False] * 2 + [True] * 4
+    assert of(store, "ram").evictions == 2
+    with open_block(store, 2):  # used: 3 is the oldest now
+        pass
+    put(store, 6)
+    assert ram.contains(make_key(2))
+    assert not ram.contains(make_key(3))
+
+
+def test_a_block_that_is_hot_in_memory_is_not_the_oldest_on_disk(slow):
+    with TieredStore([TierSlot(RamTier()), TierSlot(slow, 3 * SIZE)]) as store:
+        for name in range(3):
+            put(store, name)
+        with open_block(store, 0) as reader:
+            assert reader.tier == "ram"
+        put(store, 3)
+        assert slow.contains(make_key(0))
+        assert not slow.contains(make_key(1))
+
+
+def test_a_block_above_the_limit_is_not_admitted(store, ram, slow):
+    put(store, 1)
+    big = make_block(2, segment_nbytes=3 * SIZE)
+    outcome = store.put(make_key(2), big)
+    assert outcome.tiers == ("slow",)
+    assert outcome.durable
+    assert outcome.refused[0][0] == "ram"
+    assert ram.contains(make_key(1))
+    with open_block(store, 2) as reader:
+        reader.read(0, 2)
+    assert not ram.contains(make_key(2))
+
+
+def test_a_tier_that_cannot_take_a_new_version_does_not_answer_with_the_old(store, ram):
+    put(store, 1)
+    bigger = make_block(1, version=1, segment_nbytes=3 * SIZE)
+    assert store.put(make_key(1), bigger).tiers == ("slow",)
+    assert not ram.contains(make_key(1))
+    with open_block(store, 1) as reader:
+        assert reader.read(0, 2) == list(bigger.segments)
+
+
+def test_protected_blocks_keep_their_last_durable_copy(slow):
+    ram = RamTier()
+    with TieredStore([TierSlot(ram, SIZE), TierSlot(slow, 3 * SIZE)]) as store:
+        store.protect([make_key(0)])  # before it is put
+        put(store, 0)
+        put(store, 1, protected=True)
+        for name in range(2, 6):
+            assert put(store, name).durable
+        assert slow.contains(make_key(0))
+        assert slow.contains(make_key(1))
+        assert not ram.contains(make_key(0))  # the copy in memory competes
+        put(store, 6, protected=True)
+        outcome = put(store, 7)
+        assert outcome.tiers == ("ram",)
+        assert not outcome.durable
+        store.unprotect([make_key(0)])
+        assert put(store, 8).durable
+        assert not slow.contains(make_key(0))
+
+
+def test_only_the_slowest_durable_copy_is_protected():
+    tiers = [SlowTier("near"), SlowTier("far")]
+    with TieredStore([TierSlot(tiers[0], SIZE), TierSlot(tiers[1], 2 * SIZE)]) as store:
+        put(store, 0, protected=True)
+        put(store, 1)
+        assert [tier.contains(make_key(0)) for tier in tiers] == [False, True]
+        # The far copy is lost: the near one becomes the last, and stays.
+        with open_block(store, 0) as reader:
+            reader.read(0, 2)
+        assert tiers[0].contains(make_key(0))
+        damage(tiers[1], 0, position=1)
+        tiers[0].down = True
+        assert open_block(store, 0) is None
+        tiers[0].down = False
+        assert not tiers[1].contains(make_key(0))
+        put(store, 2)
+        assert tiers[0].contains(make_key(0))
+
+
+def test_a_block_of_another_process_is_found_entered_and_protected(store, slow):
+    store.protect([make_key(1)])
+    slow.put(make_key(1), make_block(1))
+    assert store.contains(make_key(1))
+    with open_block(store, 1) as reader:
+        assert reader.read(0, 2) == list(make_block(1).segments)
+    assert of(store, "slow").nbytes == SIZE
+
+
+def test_a_vanished_block_is_a_miss_and_the_books_are_corrected(store, ram, slow):
+    put(store, 1)
+    ram.delete(make_key(1))
+    with open_block(store, 1) as reader:
+        assert of(store, "ram").blocks == 0
+        reader.read(0, 1)
+        slow.delete(make_key(1))
+        with pytest.raises(DamagedBlockError, match="gone"):
+            reader.read(0, 2)
+    assert open_block(store, 1) is None
+    assert [(tier.nbytes, tier.blocks) for tier in store.stats().tiers] == [(0, 0), (0, 0)]
+
+
+def test_what_a_tier_holds_is_entered_at_the_start_in_the_order_of_use(tmp_path):
+    with TieredStore([TierSlot(DiskTier(tmp_path))]) as store:
+        for name in range(4):
+            put(store, name)
+    with TieredStore([TierSlot(DiskTier(tmp_path), 2 * SIZE)]) as store:
+        assert of(store, "disk").nbytes == 4 * SIZE  # kept until room is needed
+        put(store, 4)
+        assert set(store.keys()) == {make_key(3), make_key(4)}
+        assert of(store, "disk").nbytes == 2 * SIZE
+
+
+# -- tiers that fail ---------------------------------------------------------------------------
+
+
+def test_a_failing_tier_is_bypassed_and_comes_back(store, slow, clock, caplog):
+    put(store, 1)
+    slow.down = True
+    with caplog.at_level(logging.WARNING):
+        outcome = put(store, 2)
+    assert outcome.tiers == ("ram",)
+    assert not outcome.durable
+    assert outcome.refused == (("slow", "no route to it"),)
+    assert "slow" in caplog.text
+    assert not of(store, "slow").healthy
+    assert of(store, "slow").errors == 1
+    calls = slow.calls
+    with open_block(store, 2) as reader:
+        reader.read(0, 2)
+    assert open_block(store, 3) is None
+    assert put(store, 3).tiers == ("ram",)
+    assert store.locate([make_key(9)]) == [None]
+    assert slow.calls == calls  # left alone meanwhile
+    slow.down = False
+    clock.now += 1.01
+    assert put(store, 3).durable
+    assert of(store, "slow").healthy
+
+
+def test_the_pause_doubles_up_to_a_minute(store, slow, clock):
+    slow.down = True
+    pauses = []
+    open_block(store, 1)
+    for _ in range(9):
+        calls = slow.calls
+        start = clock.now
+        while slow.calls == calls:
+            clock.now += 0.5
+            assert open_block(store, 1) is None
+        pauses.append(clock.now - start)
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+
+
+def test_a_tier_that_fails_in_the_middle_of_a_read(store, ram, slow):
+    put(store, 1)
+    ram.delete(make_key(1))
+    far = open_block(store, 1)
+    far.read(0, 1)
+    slow.down = True
+    with far, pytest.raises(DamagedBlockError, match="no route"):
+        far.read(0, 2)
+    assert of(store, "slow").damaged == 0
+    assert slow._held  # an outage is no reason to throw blocks away
+
+
+def test_a_faster_tier_that_fails_is_passed_over_while_reading(clock):
+    near, far = SlowTier("near", durable=False), SlowTier("far")
+    with TieredStore([TierSlot(near), TierSlot(far)], clock=clock) as store:
+        put(store, 1)
+        with open_block(store, 1) as reader:
+            assert reader.tier == "near"
+            reader.read(0, 1)
+            near.down = True
+            assert reader.read(0, 2) == list(make_block(1).segments)
+            assert reader.tier == "far"
+
+
+def test_a_tier_that_is_down_at_the_start(clock):
+    slow = SlowTier()
+    slow.put(make_key(1), make_block(1))
+    slow.down = True
+    with TieredStore([TierSlot(RamTier()), TierSlot(slow, SIZE)], clock=clock) as store:
+        store.protect([make_key(1)])
+        assert open_block(store, 1) is None
+        slow.down = False
+        clock.now += 2
+        # Its books are filled when it is back, and what they protect holds at once.
+        assert not put(store, 2).durable
+        with open_block(store, 1) as reader:
+            reader.read(0, 2)
+        assert of(store, "slow").nbytes == SIZE
+
+
+def test_a_full_disk_still_answers(store, slow):
+    put(store, 1)
+    slow.full = True
+    outcome = put(store, 2)
+    assert not outcome.durable
+    assert outcome.refused == (("slow", "no space left"),)
+    assert of(store, "slow").healthy
+    assert of(store, "slow").nbytes == SIZE
+    slow.full = False
+    assert put(store, 2).durable
+
+
+def test_a_failed_eviction_loses_nothing(clock):
+    class Stuck(SlowTier):
+        stuck = False
+
+        def delete(self, key):
+            if self.stuck:
+                raise TierError(self.name, "read-only")
+            return super().delete(key)
+
+    stuck = Stuck()
+    with TieredStore([TierSlot(stuck, 2 * SIZE)], clock=clock) as store:
+        put(store, 1)
+        put(store, 2)
+        stuck.stuck = True
+        assert put(store, 3).tiers == ()
+        stuck.stuck = False
+        clock.now += 2
+        assert of(store, "slow").nbytes == 2 * SIZE == stuck.nbytes
+        assert put(store, 3).durable
+        assert set(store.keys()) == {make_key(2), make_key(3)}
+
+
+def test_delete_and_keys_tell_that_a_tier_was_not_asked(store, ram, slow):
+    put(store, 1)
+    slow.down = True
+    with pytest.raises(TierError, match="slow"):
+        store.delete(make_key(1))
+    assert not ram.contains(make_key(1))  # the others are done all the same
+    with pytest.raises(TierError, match="slow"):
+        store.keys()
+    slow.down = False
+    assert store.delete(make_key(1))
+
+
+def test_a_bug_in_a_tier_leaves_no_reservation_open(store, slow, monkeypatch):
+    monkeypatch.setattr(slow, "put", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        put(store, 1)
+    monkeypatch.undo()
+    assert of(store, "slow").nbytes == 0
+    assert put(store, 1).durable
+
+
+def test_many_threads(tmp_path):
+    """Puts, reads and deletes at once: only whole blocks are seen, the limits and sums hold."""
+    slots = [TierSlot(RamTier(), 3 * SIZE), TierSlot(DiskTier(tmp_path), 6 * SIZE)]
+    with TieredStore(slots) as store:
+        versions = {
+            name: [make_block(name, version=version) for version in range(2)] for name in range(9)
+        }
+
+        def work(seed):
+            for step in range(30):
+                name = (seed * 5 + step) % 9
+                act = (seed + step) % 5
+                if act == 0:
+                    store.delete(make_key(name))
+                elif act < 3:
+                    store.put(make_key(name), versions[name][(seed + step) % 2])
+                else:
+                    _read_some(store, name, versions[name])
+                for tier in store.stats().tiers:
+                    assert tier.nbytes <= tier.limit_bytes
+
+        in_threads(6, work)
+        for tier, slot in zip(store.stats().tiers, slots, strict=True):
+            assert tier.nbytes == slot.tier.nbytes
+            assert tier.damaged == 0
+        assert store.stats().open_blocks == 0
+
+
+def _read_some(store, name, versions):
+    reader = open_block(store, name)
+    if reader is None:
+        return
+    with reader:
+        try:
+            found = reader.read(0, 1) + reader.read(1, 2)
+        except DamagedBlockError:  # deleted or replaced meanwhile
+            return
+        assert found in [list(block.segments) for block in versions]
