@@ -97,9 +97,13 @@ class ChunkBlocks:
             segments=segments,
         )
 
-    def put(self, block: Block, *, protected: bool = False) -> PutOutcome:
-        """Store a computed block; `protected` if the corpus refers to it."""
-        return self._store.put(block.header.key, block, protected=protected)
+    def put(
+        self, block: Block, *, protected: bool = False, durable_only: bool = False
+    ) -> PutOutcome:
+        """Store a computed block; `protected` if the corpus refers to it. See `TieredStore.put`."""
+        return self._store.put(
+            block.header.key, block, protected=protected, durable_only=durable_only
+        )
 
     @torch.inference_mode()
     def layers(self, block: Block) -> list[LayerKV]:

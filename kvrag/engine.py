@@ -23,7 +23,7 @@ from kvrag.blocks import ChunkBlocks
 from kvrag.config import Settings
 from kvrag.corpus import Corpus
 from kvrag.errors import ClosedError, InputError, SettingsError
-from kvrag.fusion import create
+from kvrag.fusion import FusionStrategy, create
 from kvrag.generation.params import GenerationParams
 from kvrag.generation.prefix_cache import PrefixCache
 from kvrag.models.forward import extend
@@ -110,7 +110,7 @@ class Engine:
         *,
         passages: Sequence[Passage] | None = None,
         k: int | None = None,
-        strategy: str | None = None,
+        strategy: str | FusionStrategy | None = None,
         ratio: float | None = None,
         cancelled: Callable[[], bool] = lambda: False,
         **generation: Any,
@@ -118,7 +118,7 @@ class Engine:
         """Answer a question over `passages`, or over the `k` nearest chunks of the corpus.
 
         Args:
-            strategy: fusion strategy; see `kvrag.fusion.strategy_names()`.
+            strategy: name of a fusion strategy, see `kvrag.fusion.strategy_names()`, or one.
             ratio: recompute ratio, for strategies that select.
             cancelled: asked between layers and tokens; true ends the answer early.
             generation: see `GenerationParams`: max_tokens, temperature, top_p, top_k, seed, stop.
@@ -145,7 +145,7 @@ class Engine:
         *,
         passages: Sequence[Passage] | None = None,
         k: int | None = None,
-        strategy: str | None = None,
+        strategy: str | FusionStrategy | None = None,
         ratio: float | None = None,
         cancelled: Callable[[], bool] = lambda: False,
         **generation: Any,
@@ -155,7 +155,7 @@ class Engine:
         Input is checked, and chunks are retrieved, before this returns.
         """
         params = _generation_params(generation)
-        plan = create(strategy or self.settings.strategy, _first(ratio, self.settings.ratio))
+        plan = self._strategy(strategy, ratio)
         context = self._context(question, passages, k, params.max_tokens)
         return AnswerStream(self.model, context, plan, params, cancelled)
 
@@ -167,7 +167,7 @@ class Engine:
         continuation: str | Sequence[int],
         passages: Sequence[Passage] | None = None,
         k: int | None = None,
-        strategy: str | None = None,
+        strategy: str | FusionStrategy | None = None,
         ratio: float | None = None,
     ) -> torch.Tensor:
         """Natural logarithms of the next-token probabilities along a given continuation.
@@ -181,12 +181,36 @@ class Engine:
             InputError: as `answer`, and for a continuation that is empty or holds no token ids.
         """
         token_ids = self._continuation_ids(continuation)
-        plan = create(strategy or self.settings.strategy, _first(ratio, self.settings.ratio))
-        context = self._context(question, passages, k, len(token_ids))
-        prefilled = context.prefill(plan, new_tokens=len(token_ids))
+        prefilled = self.prefill(
+            question,
+            new_tokens=len(token_ids),
+            passages=passages,
+            k=k,
+            strategy=strategy,
+            ratio=ratio,
+        )
+        return self.continuation_logprobs(prefilled, token_ids)
+
+    def prefill(
+        self,
+        question: str,
+        *,
+        new_tokens: int,
+        passages: Sequence[Passage] | None = None,
+        k: int | None = None,
+        strategy: str | FusionStrategy | None = None,
+        ratio: float | None = None,
+    ) -> Prefilled:
+        """Fill a KV cache with the prompt, with room for `new_tokens` more, and go no further."""
+        context = self._context(question, passages, k, new_tokens)
+        prefilled = context.prefill(self._strategy(strategy, ratio), new_tokens=new_tokens)
         if prefilled is None:
             raise RuntimeError("a prefill that nobody can cancel was cancelled")
-        return self.continuation_logprobs(prefilled, token_ids)
+        return prefilled
+
+    def prompt_ids(self, question: str, passages: Sequence[Passage]) -> tuple[int, ...]:
+        """Token ids of the prompt, the same under every strategy."""
+        return self._context(question, passages, None, 1).fitted.prompt.token_ids
 
     @torch.inference_mode()
     def continuation_logprobs(self, prefilled: Prefilled, token_ids: Sequence[int]) -> torch.Tensor:
@@ -238,7 +262,7 @@ class Engine:
         return corpus.catalog.document(corpus.namespace, document_id)
 
     def delete(self, document_id: str) -> bool:
-        """Delete a document, its vectors, and blocks that nothing else refers to; False if absent."""
+        """Delete a document, its vectors and blocks that nothing else needs; False if absent."""
         corpus, _, _ = self._open_corpus()
         deleted = corpus.catalog.delete_document(corpus.namespace, document_id)
         if deleted is None:
@@ -318,6 +342,13 @@ class Engine:
                 blocks = self._blocks(layout.prefix_ids)
                 self._corpus = (corpus, blocks, KVRetriever(corpus, blocks, self.store.locate))
             return self._corpus
+
+    def _strategy(
+        self, strategy: str | FusionStrategy | None, ratio: float | None
+    ) -> FusionStrategy:
+        if isinstance(strategy, FusionStrategy):
+            return strategy
+        return create(strategy or self.settings.strategy, _first(ratio, self.settings.ratio))
 
     def _scope(self, blocks: ChunkBlocks) -> str:
         return str(blocks.key((0,)))

@@ -1,4 +1,4 @@
-"""Passages that a caller brings along: each is one chunk, rendered and encoded like a stored one."""
+"""Passages that a caller brings along: each is one chunk, rendered like a stored one."""
 
 from __future__ import annotations
 

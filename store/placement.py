@@ -55,18 +55,19 @@ class Placement:
         for slot in self.slots:
             slot.loaded = self._guard_all
 
-    def write_held(self, key: BlockKey, block: Block) -> PutOutcome:
+    def write_held(self, key: BlockKey, block: Block, *, durable_only: bool) -> PutOutcome:
         """Write the block through: durable tiers first, the slowest of them first."""
         refused: dict[str, str] = {}
         durable = [slot for slot in reversed(self.slots) if slot.durable]
-        for slot in [*durable, *(slot for slot in self.slots if not slot.durable)]:
+        volatile = [slot for slot in self.slots if not slot.durable and not durable_only]
+        for slot in [*durable, *volatile]:
             reason = slot.admit(key, block, protected=slot.durable and self._is_protected(key))
             if reason is None:
                 self._guard(key)
             else:
                 refused[slot.name] = reason
                 _log.warning("block %s is not put in tier %s: %s", key, slot.name, reason)
-        taken = [slot for slot in self.slots if slot.name not in refused]
+        taken = [s for s in self.slots if s.name not in refused and (s.durable or not durable_only)]
         if taken:
             self._drop_older(key, [slot for slot in self.slots if slot not in taken])
         return PutOutcome(

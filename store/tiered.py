@@ -97,10 +97,13 @@ class TieredStore:
                 slot.tier.touch(key)
         return BlockReader(loading, lambda: self._leave(loading))
 
-    def put(self, key: BlockKey, block: Block, *, protected: bool = False) -> PutOutcome:
+    def put(
+        self, key: BlockKey, block: Block, *, protected: bool = False, durable_only: bool = False
+    ) -> PutOutcome:
         """Write the block through to every tier that takes it; copies, and replaces one of the key.
 
-        `protected` protects the key, as `protect` does. A tier that fails or has no room is named
+        `protected` protects the key, as `protect` does. `durable_only` leaves out the tiers that
+        end with the process: a corpus job must not crowd out what queries use. A tier that fails or has no room is named
         in the outcome. Raises `ValueError` if the block is of another key, `StoreError` after
         `close`, nothing for a failing tier or a full disk.
         """
@@ -110,7 +113,7 @@ class TieredStore:
             self._placement.protect([key])
         with self._placement.writing.held(key):
             try:
-                return self._placement.write_held(key, block)
+                return self._placement.write_held(key, block, durable_only=durable_only)
             finally:
                 self._detach(key)
 

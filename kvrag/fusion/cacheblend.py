@@ -54,19 +54,10 @@ class CacheBlend(LayerwiseStrategy):
         rows = rows_at(state.index, state.num_layers, self.ratio, selectable)
         if rows >= len(state.positions):
             return None
-        return highest(deviation(state), rows)
+        return torch.topk(self.scores(state), rows).indices.sort().values
 
-
-def deviation(state: LayerState) -> Tensor:
-    """Squared distance of fresh from stored V, summed over the heads: (m,)."""
-    difference = state.v - state.stored_v
-    return difference.square().sum(dim=(0, 2), dtype=_wide(difference.dtype))
-
-
-def highest(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest scores, ascending."""
-    return torch.topk(scores, count).indices.sort().values
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype is torch.float64 else torch.float32
+    def scores(self, state: LayerState) -> Tensor:
+        """KV deviation (m,): squared distance of fresh from stored V, summed over the heads."""
+        difference = state.v - state.stored_v
+        wide = torch.float64 if difference.dtype is torch.float64 else torch.float32
+        return difference.square().sum(dim=(0, 2), dtype=wide)

@@ -22,7 +22,7 @@ from kvrag.models.weights import Weights
 __all__ = ["Decoder", "Layer"]
 
 #: Rows that go through the MLP together: bounds the memory of the widest activation.
-MLP_ROWS = 2048
+MLP_ROWS = 512
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

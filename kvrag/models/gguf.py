@@ -1,4 +1,4 @@
-"""GGUF to a Hugging Face folder, once: weights dequantised to float32, config and tokenizer rebuilt.
+"""GGUF to a Hugging Face folder, once: float32 weights, config and tokenizer rebuilt.
 
 The `gguf` package reads and dequantises; what llama.cpp's converter changed is changed back here
 (it permutes Q and K of the Llama family, and writes tokenizers as lists). The folder appears whole

@@ -107,7 +107,7 @@ class PrecomputeJob:
             return
         begun = time.perf_counter()
         block = self._blocks.compute(token_ids)
-        outcome = self._blocks.put(block, protected=True)
+        outcome = self._blocks.put(block, protected=True, durable_only=True)
         progress.seconds += time.perf_counter() - begun
         if not outcome.durable:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.refused)

@@ -693,3 +693,14 @@ def _read_some(store, name, versions):
         except DamagedBlockError:  # deleted or replaced meanwhile
             return
         assert found in [list(block.segments) for block in versions]
+
+
+def test_durable_only_leaves_memory_to_the_queries(tmp_path):
+    ram, disk = RamTier(), DiskTier(tmp_path)
+    with TieredStore([TierSlot(ram), TierSlot(disk)]) as store:
+        block = make_block(1)
+        outcome = store.put(block.header.key, block, durable_only=True)
+        assert outcome.tiers == ("disk",)
+        assert outcome.durable
+        assert not ram.contains(block.header.key)
+        assert store.locate([block.header.key]) == ["disk"]
