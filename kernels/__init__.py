@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .attention import attention
+from .linear import Linear, linear
 from .precision import compute_dtype
 
-__all__ = ["attention", "compute_dtype"]
+__all__ = ["Linear", "attention", "compute_dtype", "linear"]

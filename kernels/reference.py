@@ -22,4 +22,5 @@ def attention(
         visible &= rows - keys < window
     scores = (q @ k.transpose(1, 2)) * dim**-0.5
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-    return (weights @ v).transpose(0, 1).reshape(n, heads * dim)
+    mixed: Tensor = weights @ v
+    return mixed.transpose(0, 1).reshape(n, heads * dim)

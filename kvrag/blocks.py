@@ -56,6 +56,11 @@ class ChunkBlocks:
             token_ids=token_ids,
         )
 
+    @property
+    def scope(self) -> str:
+        """What these blocks have in common (model, codec, prefix, namespace), as one text."""
+        return str(self.key(()))
+
     def open(self, token_ids: Sequence[int]) -> BlockReader | None:
         """A verified reader, or None if no tier has a sound copy."""
         return self._store.open(

@@ -32,7 +32,7 @@ from kvrag.passages import Passage, passage_chunks
 from kvrag.precompute.job import PrecomputeJob, Progress
 from kvrag.prefill import Prefill, Prefilled
 from kvrag.prompting import PromptLayout
-from kvrag.retrieval.catalog import Catalog, StoredDocument
+from kvrag.retrieval.catalog import Catalog, Counts, StoredDocument
 from kvrag.retrieval.documents import Document
 from kvrag.retrieval.loaders import Skipped
 from kvrag.retriever import KVRetriever, RetrievedChunk
@@ -227,18 +227,30 @@ class Engine:
         self,
         documents: Iterable[Document | Skipped],
         report: Callable[[Progress], None] = lambda progress: None,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> Progress:
-        """Add documents to the corpus and compute the KV that it lacks for this model.
+        """Add documents to the corpus and compute the KV that they lack for this model.
 
-        A document that is there already changes nothing. What was interrupted goes on here.
+        A document that is there already changes nothing, but for KV that it still lacks: what was
+        interrupted goes on here.
 
         Args:
             documents: `Document`s, or what `kvrag.retrieval.load(paths)` yields.
             report: called after each document and chunk, for a progress bar.
+            cancelled: asked as often; true ends the job, and what was stored stays.
+
+        Raises:
+            StorageFullError: no durable tier takes a block.
         """
-        corpus, blocks, _ = self._open_corpus()
-        job = PrecomputeJob(corpus, blocks, self._scope(blocks), self._is_stored)
-        return job.run(documents, report)
+        return self._job().run(documents, report, cancelled)
+
+    def complete(
+        self,
+        report: Callable[[Progress], None] = lambda progress: None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Progress:
+        """Compute the KV that the corpus lacks for this model. As `add`, without documents."""
+        return self._job().run(None, report, cancelled)
 
     def retrieve(
         self, question: str, *, k: int | None = None, prefetch: bool = False
@@ -273,6 +285,11 @@ class Engine:
             self.store.delete(key)
         corpus.save()
         return True
+
+    def counts(self) -> Counts:
+        """Documents, chunks, vectors and referenced blocks of the corpus."""
+        corpus, _, _ = self._open_corpus()
+        return corpus.catalog.counts(corpus.namespace)
 
     def stats(self) -> StoreStats:
         """Counters and sizes of the store's tiers."""
@@ -350,11 +367,9 @@ class Engine:
             return strategy
         return create(strategy or self.settings.strategy, _first(ratio, self.settings.ratio))
 
-    def _scope(self, blocks: ChunkBlocks) -> str:
-        return str(blocks.key((0,)))
-
-    def _is_stored(self, key: str) -> bool:
-        return self.store.holds_durably(BlockKey.parse(key))
+    def _job(self) -> PrecomputeJob:
+        corpus, blocks, _ = self._open_corpus()
+        return PrecomputeJob(corpus, blocks, self.store.holds_durably)
 
     def _context(
         self, question: str, passages: Sequence[Passage] | None, k: int | None, new_tokens: int

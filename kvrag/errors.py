@@ -4,6 +4,7 @@
     ├── SettingsError            an unknown or malformed setting
     ├── InputError (ValueError)  a question, passage or option that cannot be served
     │   ├── PromptTooLongError   the question alone does not fit, or a passage is too long
+    │   ├── EmptyCorpusError     there are no documents to retrieve from
     │   └── UnknownStrategyError names the registered strategies
     ├── ModelError               a model that cannot be found, read or trusted
     │   ├── ModelNotFoundError
@@ -21,6 +22,7 @@ from __future__ import annotations
 __all__ = [
     "BusyError",
     "ClosedError",
+    "EmptyCorpusError",
     "InputError",
     "KvragError",
     "MissingExtraError",
@@ -47,6 +49,10 @@ class InputError(KvragError, ValueError):
 
 class PromptTooLongError(InputError):
     """A passage, or the question with nothing else, exceeds what the model can hold."""
+
+
+class EmptyCorpusError(InputError):
+    """Nothing to retrieve from: no documents, and no passages given."""
 
 
 class UnknownStrategyError(InputError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from kvrag.blocks import ChunkBlocks
-from kvrag.errors import InputError
+from kvrag.errors import EmptyCorpusError, InputError
 from kvrag.prefill import ContextChunk
 from kvrag.store.errors import StoreError
 from kvrag.store.keys import BlockKey
@@ -161,7 +161,7 @@ class KVRetriever:
         self._release_expired()
         chunks = self._corpus.search(question, k)
         if not chunks:
-            raise InputError("the corpus is empty; add documents first, or give passages")
+            raise EmptyCorpusError("the corpus is empty; add documents first, or give passages")
         tiers = self._locate([self._blocks.key(chunk.token_ids) for chunk in chunks])
         found = []
         for chunk, tier in zip(chunks, tiers, strict=True):

@@ -103,8 +103,8 @@ class TieredStore:
         """Write the block through to every tier that takes it; copies, and replaces one of the key.
 
         `protected` protects the key, as `protect` does. `durable_only` leaves out the tiers that
-        end with the process: a corpus job must not crowd out what queries use. A tier that fails or has no room is named
-        in the outcome. Raises `ValueError` if the block is of another key, `StoreError` after
+        end with the process: a corpus job must not crowd out what queries use. A tier that fails or
+        has no room is named in the outcome. Raises `ValueError` if the block is of another key, `StoreError` after
         `close`, nothing for a failing tier or a full disk.
         """
         self._check_open()

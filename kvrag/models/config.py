@@ -6,6 +6,7 @@ name, because a model that is nearly right answers wrongly without an error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -149,6 +150,10 @@ def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> i
 def _rope(config: Mapping[str, Any]) -> RopeConfig:
     """Both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling`."""
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise UnsupportedModelError(
+            f"RoPE parameters that differ by layer type ({', '.join(rope)}) are not supported"
+        )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise UnsupportedModelError(
@@ -157,18 +162,30 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise UnsupportedModelError(f"partial rotary embedding ({partial}) is not supported")
-    theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    theta = _positive(rope, "rope_theta")
     if kind == "default":
         return RopeConfig(kind, theta)
     original = rope.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-    try:
-        return RopeConfig(
-            kind,
-            theta,
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_positions=int(original or 0),
+    scaled = RopeConfig(
+        kind,
+        theta,
+        factor=_positive(rope, "factor"),
+        low_freq_factor=_positive(rope, "low_freq_factor"),
+        high_freq_factor=_positive(rope, "high_freq_factor"),
+        original_max_positions=int(_positive({"original": original}, "original")),
+    )
+    if scaled.low_freq_factor >= scaled.high_freq_factor:
+        raise UnsupportedModelError(
+            f"RoPE low_freq_factor {scaled.low_freq_factor} is not below high_freq_factor "
+            f"{scaled.high_freq_factor}"
         )
-    except KeyError as exc:
-        raise UnsupportedModelError(f"RoPE variant 'llama3' lacks {exc.args[0]!r}") from exc
+    return scaled
+
+
+def _positive(rope: Mapping[str, Any], name: str) -> float:
+    value = rope.get(name)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise UnsupportedModelError(f"RoPE {name} is {value!r}; a positive number is needed")
+    return float(value)

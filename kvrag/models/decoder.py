@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvrag.kernels import attention, compute_dtype
+from kvrag.kernels import Linear, attention, compute_dtype, linear
 from kvrag.models.config import LayerConfig, ModelConfig, RopeConfig
 from kvrag.models.rope import Rope
 from kvrag.models.weights import Weights
@@ -36,13 +36,18 @@ class Layer:
     """One transformer block over rows (n, hidden_size) of the compute dtype."""
 
     def __init__(
-        self, index: int, config: ModelConfig, rope: Rope | None, tensors: Mapping[str, Tensor]
+        self,
+        index: int,
+        config: ModelConfig,
+        rope: Rope | None,
+        norms: Mapping[str, Tensor],
+        linears: Mapping[str, Linear],
     ) -> None:
         self.index = index
         self.window = config.layers[index].window
         self._rope = rope
         self._config = config
-        self._t = tensors
+        self._norms, self._linears = norms, linears
         self._splits = [
             config.num_heads * config.head_dim,
             config.num_kv_heads * config.head_dim,
@@ -51,16 +56,15 @@ class Layer:
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Q (heads, n, head_dim), K and V (kv_heads, n, head_dim), after q/k-norm, un-rotated."""
-        c, t = self._config, self._t
-        h = rms_norm(x, t["input_norm"], c.norm_eps)
-        qkv = F.linear(h, t["qkv"], t.get("qkv_bias"))
+        c, norms = self._config, self._norms
+        qkv = self._linears["qkv"](rms_norm(x, norms["input"], c.norm_eps))
         q, k, v = (
             part.view(x.shape[0], -1, c.head_dim).transpose(0, 1)
             for part in torch.split(qkv, self._splits, dim=-1)
         )
         if c.qk_norm:
-            q = rms_norm(q, t["q_norm"], c.norm_eps)
-            k = rms_norm(k, t["k_norm"], c.norm_eps)
+            q = rms_norm(q, norms["q"], c.norm_eps)
+            k = rms_norm(k, norms["k"], c.norm_eps)
         return q, k, v
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -69,15 +73,13 @@ class Layer:
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The rows `x` after attention output `mixed` (n, heads * head_dim) and the MLP."""
-        t = self._t
-        x = x + F.linear(mixed, t["output"], t.get("output_bias"))
+        x = x + self._linears["output"](mixed)
         return torch.cat([self._mlp(rows) for rows in torch.split(x, MLP_ROWS)])
 
     def _mlp(self, x: Tensor) -> Tensor:
-        t = self._t
-        h = rms_norm(x, t["post_norm"], self._config.norm_eps)
-        gate, up = F.linear(h, t["gate_up"], t.get("gate_up_bias")).chunk(2, dim=-1)
-        return x + F.linear(F.silu(gate).mul_(up), t["down"], t.get("down_bias"))
+        h = rms_norm(x, self._norms["post"], self._config.norm_eps)
+        gate, up = self._linears["gate_up"](h).chunk(2, dim=-1)
+        return x + self._linears["down"](F.silu(gate).mul_(up))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         """Rotate `q` and attend over the cached `k`, `v`; the mask is the layer's own."""
@@ -105,30 +107,41 @@ class Decoder:
         self.compute_dtype = compute_dtype(dtype, self.device)
         hidden, vocab = config.hidden_size, config.vocab_size
         embedding = weights.take("model.embed_tokens.weight", vocab, hidden)
-        self._embedding = self._place(embedding)
-        self._head = (
+        self._embedding = self._stored(embedding)
+        head = (
             self._embedding
             if config.tied_embeddings
-            else self._place(weights.take("lm_head.weight", vocab, hidden))
+            else self._stored(weights.take("lm_head.weight", vocab, hidden))
         )
-        self._norm = self._place(weights.take("model.norm.weight", hidden))
+        self._head = linear(head, None, self.compute_dtype)
+        self._norm = self._norm_weight(weights.take("model.norm.weight", hidden))
         ropes: dict[RopeConfig, Rope] = {}
         self.layers = [
-            Layer(i, config, self._rope(ropes, layer), self._layer_tensors(weights, i))
+            Layer(
+                i,
+                config,
+                self._rope(ropes, layer),
+                self._norms(weights, i),
+                self._linears(weights, i),
+            )
             for i, layer in enumerate(config.layers)
         ]
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids int64 (n,) to rows (n, hidden_size)."""
-        return self._embedding[token_ids]
+        return self._embedding[token_ids].to(self.compute_dtype)
 
     def logits(self, x: Tensor) -> Tensor:
         """Rows (n, hidden_size) of the last layer to float32 (float64) logits (n, vocab_size)."""
-        logits = F.linear(rms_norm(x, self._norm, self.config.norm_eps), self._head)
+        logits = self._head(rms_norm(x, self._norm, self.config.norm_eps))
         return logits if logits.dtype is torch.float64 else logits.float()
 
-    def _place(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype).to(self.compute_dtype)
+    def _stored(self, tensor: Tensor) -> Tensor:
+        """A weight rounded to the stored dtype."""
+        return tensor.to(self.device, self.dtype)
+
+    def _norm_weight(self, tensor: Tensor) -> Tensor:
+        return self._stored(tensor).to(self.compute_dtype)
 
     def _rope(self, made: dict[RopeConfig, Rope], layer: LayerConfig) -> Rope | None:
         """Layers with the same RoPE share one table."""
@@ -144,42 +157,47 @@ class Decoder:
             )
         return made[layer.rope]
 
-    def _layer_tensors(self, weights: Weights, index: int) -> dict[str, Tensor]:
-        """One layer's tensors; projections that read the same rows are joined into one product."""
+    def _norms(self, weights: Weights, index: int) -> dict[str, Tensor]:
+        """One layer's norm weights."""
+        c = self.config
+        names = {
+            "input": ("input_layernorm", c.hidden_size),
+            "post": ("post_attention_layernorm", c.hidden_size),
+        }
+        if c.qk_norm:
+            names["q"] = ("self_attn.q_norm", c.head_dim)
+            names["k"] = ("self_attn.k_norm", c.head_dim)
+        return {
+            name: self._norm_weight(weights.take(f"model.layers.{index}.{stored}.weight", size))
+            for name, (stored, size) in names.items()
+        }
+
+    def _linears(self, weights: Weights, index: int) -> dict[str, Linear]:
+        """One layer's projections; those that read the same rows are joined into one product."""
         c = self.config
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
 
-        def take(name: str, *shape: int) -> Tensor:
-            return weights.take(f"model.layers.{index}.{name}", *shape)
+        def joined(outputs: Mapping[str, int], inputs: int, *, bias: bool) -> Linear:
+            def cat(kind: str, *shape: int) -> Tensor:
+                return self._stored(
+                    torch.cat(
+                        [
+                            weights.take(f"model.layers.{index}.{name}.{kind}", size, *shape)
+                            for name, size in outputs.items()
+                        ]
+                    )
+                )
 
-        def joined(names: Mapping[str, int], kind: str, *shape: int) -> Tensor:
-            return self._place(
-                torch.cat([take(f"{n}.{kind}", s, *shape) for n, s in names.items()])
-            )
+            return linear(cat("weight", inputs), cat("bias") if bias else None, self.compute_dtype)
 
         qkv = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
-        output = {"self_attn.o_proj": c.hidden_size}
         gate_up = {"mlp.gate_proj": c.mlp_size, "mlp.up_proj": c.mlp_size}
-        down = {"mlp.down_proj": c.hidden_size}
-        tensors = {
-            "input_norm": self._place(take("input_layernorm.weight", c.hidden_size)),
-            "post_norm": self._place(take("post_attention_layernorm.weight", c.hidden_size)),
-            "qkv": joined(qkv, "weight", c.hidden_size),
-            "output": joined(output, "weight", q),
-            "gate_up": joined(gate_up, "weight", c.hidden_size),
-            "down": joined(down, "weight", c.mlp_size),
+        return {
+            "qkv": joined(qkv, c.hidden_size, bias=c.qkv_bias),
+            "output": joined({"self_attn.o_proj": c.hidden_size}, q, bias=c.output_bias),
+            "gate_up": joined(gate_up, c.hidden_size, bias=c.mlp_bias),
+            "down": joined({"mlp.down_proj": c.hidden_size}, c.mlp_size, bias=c.mlp_bias),
         }
-        if c.qkv_bias:
-            tensors["qkv_bias"] = joined(qkv, "bias")
-        if c.output_bias:
-            tensors["output_bias"] = joined(output, "bias")
-        if c.mlp_bias:
-            tensors["gate_up_bias"] = joined(gate_up, "bias")
-            tensors["down_bias"] = joined(down, "bias")
-        if c.qk_norm:
-            tensors["q_norm"] = self._place(take("self_attn.q_norm.weight", c.head_dim))
-            tensors["k_norm"] = self._place(take("self_attn.k_norm.weight", c.head_dim))
-        return tensors
 
     def info(self) -> dict[str, Any]:
         """Numbers for people: family, layers, parameters and bytes of KV a token."""

@@ -2,7 +2,7 @@
 
 What is done is what the store holds: after a kill the job looks at each chunk's key and computes
 only the blocks that no durable tier has. Memory does not grow with the corpus, apart from the
-vector index and a few hundred bytes a block in the store's ledger.
+vector index, an id a document, and a few hundred bytes a block in the store's ledger.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from kvrag.corpus import Corpus
 from kvrag.errors import KvragError
 from kvrag.retrieval.documents import Document
 from kvrag.retrieval.loaders import Skipped
+from kvrag.store.keys import BlockKey
 
 __all__ = ["PrecomputeJob", "Progress", "StorageFullError"]
 
@@ -28,7 +29,7 @@ class StorageFullError(KvragError):
 class Progress:
     """Where a job stands. Seconds are of computing and storing alone.
 
-    total_chunks is known when all documents are added.
+    total_chunks, of the documents that the job was given, is known when all of them are added.
     """
 
     documents_added: int = 0
@@ -40,6 +41,7 @@ class Progress:
     tokens_computed: int = 0
     bytes_written: int = 0
     seconds: float = 0.0
+    cancelled: bool = False
 
     @property
     def tokens_per_s(self) -> float:
@@ -58,38 +60,40 @@ class PrecomputeJob:
     """Adds documents to a corpus and computes the blocks that are missing."""
 
     def __init__(
-        self, corpus: Corpus, blocks: ChunkBlocks, scope: str, is_stored: Callable[[str], bool]
+        self, corpus: Corpus, blocks: ChunkBlocks, is_stored: Callable[[BlockKey], bool]
     ) -> None:
-        """`scope` names model, codec and prefix; `is_stored` asks the durable tiers for a key."""
-        self._corpus, self._blocks = corpus, blocks
-        self._scope, self._is_stored = scope, is_stored
+        """`is_stored` asks the durable tiers for a key."""
+        self._corpus, self._blocks, self._is_stored = corpus, blocks, is_stored
 
     def run(
         self,
-        documents: Iterable[Document | Skipped],
-        report: Callable[[Progress], None] = lambda progress: None,
+        documents: Iterable[Document | Skipped] | None,
+        report: Callable[[Progress], None],
+        cancelled: Callable[[], bool],
     ) -> Progress:
-        """Add `documents` and compute every block that the corpus lacks for this model.
+        """Add `documents` and compute the blocks that they lack; None: those of the whole corpus.
 
         Args:
             report: called after every document and every chunk.
+            cancelled: asked as often; true ends the job, and what was stored stays.
 
         Raises:
             StorageFullError: no durable tier takes a block.
         """
         progress = Progress()
-        for document in documents:
-            if isinstance(document, Skipped):
-                progress.skipped.append(document)
-            elif self._corpus.add(document):
-                progress.documents_added += 1
-            else:
-                progress.documents_known += 1
-            report(progress)
-        self._corpus.save()
         catalog, namespace = self._corpus.catalog, self._corpus.namespace
-        progress.total_chunks = catalog.counts(namespace).chunks
-        for chunk_id in catalog.chunk_ids(namespace):
+        if documents is None:
+            progress.total_chunks = catalog.counts(namespace).chunks
+            chunk_ids = catalog.chunk_ids(namespace)
+        else:
+            added = self._add(documents, progress, report, cancelled)
+            known = (catalog.document(namespace, document_id) for document_id in added)
+            progress.total_chunks = sum(document.num_chunks for document in known if document)
+            chunk_ids = (c for d in added for c in catalog.document_chunks(namespace, d))
+        for chunk_id in chunk_ids:
+            if progress.cancelled or cancelled():
+                progress.cancelled = True
+                break
             token_ids = self._corpus.token_ids(chunk_id)
             if token_ids is not None:
                 self._store(chunk_id, token_ids, progress)
@@ -97,11 +101,36 @@ class PrecomputeJob:
             report(progress)
         return progress
 
+    def _add(
+        self,
+        documents: Iterable[Document | Skipped],
+        progress: Progress,
+        report: Callable[[Progress], None],
+        cancelled: Callable[[], bool],
+    ) -> list[str]:
+        """Ids of the documents, new ones and known, each once."""
+        ids: dict[str, None] = {}
+        for document in documents:
+            if cancelled():
+                progress.cancelled = True
+                break
+            if isinstance(document, Skipped):
+                progress.skipped.append(document)
+            else:
+                if self._corpus.add(document):
+                    progress.documents_added += 1
+                else:
+                    progress.documents_known += 1
+                ids[document.id] = None
+            report(progress)
+        self._corpus.save()
+        return list(ids)
+
     def _store(self, chunk_id: int, token_ids: tuple[int, ...], progress: Progress) -> None:
-        key = str(self._blocks.key(token_ids))
+        key = self._blocks.key(token_ids)
         # The reference comes first: a block without one may be evicted, a reference without its
         # block only means that the block is computed when it is wanted.
-        self._corpus.catalog.add_block_ref(key, chunk_id, self._scope)
+        self._corpus.catalog.add_block_ref(str(key), chunk_id, self._blocks.scope)
         if self._is_stored(key):
             progress.chunks_stored_before += 1
             return

@@ -1,0 +1,163 @@
+"""`kvrag precompute`: documents into the corpus, and the KV of every chunk into the store."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvrag.cli.common import (
+    JsonOption,
+    format_bytes,
+    format_seconds,
+    one_line,
+    print_json,
+    settings_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from kvrag.precompute.job import Progress
+
+__all__ = ["precompute"]
+
+_EXIT_SKIPPED = 3
+#: Without a terminal, a line this often.
+_LINE_EVERY_S = 10.0
+
+
+def precompute(
+    context: typer.Context,
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Files and folders (.txt, .md, .jsonl); none: only the missing KV."),
+    ] = None,
+    max_document_bytes: Annotated[
+        int | None, typer.Option(help="Larger files are skipped.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Add documents and compute their KV.
+
+    Goes on where it was interrupted. Exits with 3 if something was skipped.
+    """
+    settings = settings_of(context, max_document_bytes=max_document_bytes)
+    from kvrag.errors import InputError
+    from kvrag.retrieval.loaders import load
+
+    # A path that does not exist is found here, before a model is opened.
+    documents = load(paths, max_bytes=settings.max_document_bytes) if paths else None
+    from kvrag.engine import Engine
+
+    with Engine.open(settings) as engine, _shown() as report:
+        progress = engine.complete(report) if documents is None else engine.add(documents, report)
+    seen = progress.documents_added + progress.documents_known + len(progress.skipped)
+    if paths and not seen:
+        raise InputError(f"no documents in {', '.join(map(str, paths))}")
+    if not paths and not progress.total_chunks:
+        raise InputError("the corpus is empty; name files or folders to add")
+    if as_json:
+        print_json(_summary(progress))
+    else:
+        sys.stdout.write(_sentence(progress) + "\n")
+    if progress.skipped:
+        for skipped in progress.skipped:
+            sys.stderr.write(f"skipped: {one_line(f'{skipped.source}: {skipped.reason}')}\n")
+        sys.stderr.write(f"{len(progress.skipped)} skipped, so the exit code is {_EXIT_SKIPPED}\n")
+        raise typer.Exit(_EXIT_SKIPPED)
+
+
+def _summary(progress: Progress) -> dict[str, Any]:
+    return {
+        "documents_added": progress.documents_added,
+        "documents_known": progress.documents_known,
+        "chunks": progress.total_chunks or 0,
+        "chunks_stored_before": progress.chunks_stored_before,
+        "tokens_computed": progress.tokens_computed,
+        "bytes_written": progress.bytes_written,
+        "tokens_per_s": progress.tokens_per_s,
+        "seconds": progress.seconds,
+        "skipped": [{"source": s.source, "reason": s.reason} for s in progress.skipped],
+    }
+
+
+def _sentence(progress: Progress) -> str:
+    chunks, before = progress.total_chunks or 0, progress.chunks_stored_before
+    if not progress.documents_added and not progress.tokens_computed:
+        return f"nothing to do: the KV of all {chunks} chunks is stored"
+    return (
+        f"{progress.documents_added} documents added, {progress.documents_known} known before; "
+        f"{chunks} chunks, {before} stored before; "
+        f"{progress.tokens_computed} tokens computed at {progress.tokens_per_s:.0f} tokens/s, "
+        f"{format_bytes(progress.bytes_written)} written in {format_seconds(progress.seconds)}"
+    )
+
+
+def _standing(progress: Progress) -> str:
+    """Where the job is, in a few words."""
+    documents = progress.documents_added + progress.documents_known
+    if progress.total_chunks is None:
+        return f"{documents} documents, {len(progress.skipped)} skipped"
+    words = [
+        f"{progress.tokens_per_s:.0f} tokens/s",
+        format_bytes(progress.bytes_written),
+    ]
+    if (left_s := progress.remaining_s) is not None:
+        words.append(f"{format_seconds(left_s)} left")
+    return ", ".join(words)
+
+
+@contextmanager
+def _shown() -> Iterator[Callable[[Progress], None]]:
+    """What the job calls to show where it is: a bar on a terminal, else a line now and then."""
+    if not sys.stderr.isatty():
+        yield _line_writer()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[standing]}", markup=False),
+    )
+    # Four times a second: the job needs the processor more than the bar does.
+    with Bar(*columns, console=Console(stderr=True), refresh_per_second=4, transient=True) as bar:
+        task = bar.add_task("documents", total=None, standing="")
+
+        def report(progress: Progress) -> None:
+            computing = progress.total_chunks is not None
+            added = progress.documents_added + progress.documents_known
+            bar.update(
+                task,
+                description="chunks" if computing else "documents",
+                total=progress.total_chunks,
+                completed=progress.chunks_done if computing else added,
+                standing=_standing(progress),
+            )
+
+        yield report
+
+
+def _line_writer() -> Callable[[Progress], None]:
+    next_s = time.monotonic() + _LINE_EVERY_S
+
+    def report(progress: Progress) -> None:
+        nonlocal next_s
+        if time.monotonic() < next_s:
+            return
+        next_s = time.monotonic() + _LINE_EVERY_S
+        if progress.total_chunks is None:
+            sys.stderr.write(f"{_standing(progress)}\n")
+        else:
+            done = f"{progress.chunks_done} of {progress.total_chunks} chunks"
+            sys.stderr.write(f"{done}, {_standing(progress)}\n")
+
+    return report

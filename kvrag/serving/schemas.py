@@ -1,0 +1,368 @@
+"""Bodies of requests and answers.
+
+Nothing is converted silently: a wrong type or an unknown field is refused. Every check stops at the
+first wrong element, so that a hostile body cannot make thousands of complaints.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+__all__ = [
+    "AddBody",
+    "AddReport",
+    "Added",
+    "AnswerBody",
+    "Deleted",
+    "DocumentBody",
+    "DocumentList",
+    "DocumentPage",
+    "ErrorBody",
+    "Health",
+    "PageQuery",
+    "QueryBody",
+    "StoredDocumentBody",
+    "error_responses",
+]
+
+#: In one request, and on one page.
+_MAX_DOCUMENTS = 1000
+#: SQLite counts rows in 64 bits.
+_MAX_OFFSET = 2**62
+_MAX_PASSAGES = 1000
+_MAX_K = 1000
+_MAX_STOPS = 16
+_MAX_DEPTH = 32
+
+
+def _printable(name: object) -> str:
+    return str(name)[:100].encode("utf-8", "backslashreplace").decode()
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_fields(cls, data: Any) -> Any:
+        for name in data if isinstance(data, dict) else ():
+            if name not in cls.model_fields:
+                raise PydanticCustomError(
+                    "unknown_field",
+                    "unknown field; allowed are {allowed}",
+                    {"field": _printable(name), "allowed": ", ".join(cls.model_fields)},
+                )
+        return data
+
+
+class _Reply(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+def _unicode(text: str) -> str:
+    # JSON escapes can bring in lone surrogates, which no tokenizer and no database takes.
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise PydanticCustomError("unicode", "is not valid Unicode") from exc
+    return text
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("blank", "must hold more than whitespace")
+    return text
+
+
+Line = Annotated[str, AfterValidator(_unicode)]
+Text = Annotated[Line, AfterValidator(_not_blank)]
+
+# ---- questions -----------------------------------------------------------------------------------
+
+
+class PassageBody(_Request):
+    title: Line = ""
+    text: Text
+
+
+def _as_passage(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"text": value}
+    if not isinstance(value, dict):
+        raise PydanticCustomError("passage", "a passage is a text or an object with `text`")
+    return value
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+PassageIn = Annotated[
+    PassageBody, BeforeValidator(_as_passage, json_schema_input_type=str | PassageBody)
+]
+StopText = Annotated[Line, Field(min_length=1)]
+StopTexts = Annotated[
+    list[StopText],
+    Field(max_length=_MAX_STOPS, fail_fast=True),
+    BeforeValidator(_as_list, json_schema_input_type=StopText | list[StopText]),
+]
+
+
+class QueryBody(_Request):
+    """A question over the passages that it brings, or over the `k` nearest chunks of the corpus.
+
+    A field that is absent or null has the server's default.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "question": "Who keeps the lamp?",
+                    "passages": [{"title": "Karsk", "text": "Anna keeps the lamp of Karsk."}],
+                    "max_tokens": 32,
+                },
+                {"question": "Who keeps the lamp?", "k": 4, "stream": True},
+            ]
+        }
+    )
+
+    question: Text
+    passages: (
+        Annotated[list[PassageIn], Field(min_length=1, max_length=_MAX_PASSAGES, fail_fast=True)]
+        | None
+    ) = Field(None, description="Texts, or objects with `text` and perhaps `title`, in order.")
+    k: int | None = Field(
+        None, ge=1, le=_MAX_K, description="Chunks to retrieve; not together with passages."
+    )
+    strategy: Line | None = Field(None, description="Fusion strategy.")
+    ratio: float | None = Field(
+        None, ge=0, le=1, allow_inf_nan=False, description="Recompute ratio."
+    )
+    max_tokens: int | None = Field(None, ge=1, description="At most this many new tokens.")
+    temperature: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="0, the default, is greedy."
+    )
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=0, description="0 is all.")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="Makes sampling repeatable.")
+    stop: StopTexts | None = Field(
+        None, description="A text or a list of texts that end the answer; not part of it."
+    )
+    stream: bool = Field(False, description="Answer with server-sent events.")
+
+    @field_validator("k")
+    @classmethod
+    def _passages_or_k(cls, k: int | None, info: ValidationInfo) -> int | None:
+        if k is not None and info.data.get("passages") is not None:
+            raise PydanticCustomError("passages_and_k", "give passages or k, not both")
+        return k
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `Engine.stream`; what is null is left to the engine."""
+        return self.model_dump(exclude={"question", "stream"}, exclude_none=True)
+
+
+class TokenCountsBody(_Reply):
+    prompt: int
+    reused: int
+    recomputed: int
+    computed: int
+
+
+class SpansBody(_Reply):
+    """Seconds."""
+
+    retrieve: float
+    load: float
+    stall: float
+    compute: float
+    decode: float
+
+
+class ReportBody(_Reply):
+    strategy: str
+    ttft_s: float
+    effective_ratio: float
+    prefix_match: bool
+    tokens: TokenCountsBody
+    spans: SpansBody
+    dropped: list[str]
+    warnings: list[str]
+
+
+class SourceBody(_Reply):
+    """A chunk of the prompt. `document` and `score` are null for passages."""
+
+    id: str
+    document: str | None
+    title: str
+    text: str
+    score: float | None
+    tier: str = Field(description="Where its KV came from; `computed` if no tier had it.")
+
+
+class AnswerBody(_Reply):
+    answer: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length", "cancelled"]
+    sources: list[SourceBody]
+    report: ReportBody
+
+
+# ---- documents -----------------------------------------------------------------------------------
+
+
+def _check_depth(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What JSON can nest deeper than we can write must not get into the catalog."""
+    level: list[Any] = [metadata]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            item
+            for value in level
+            for item in (value.values() if isinstance(value, dict) else value)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return metadata
+    raise PydanticCustomError("depth", f"must not be nested deeper than {_MAX_DEPTH} levels")
+
+
+class DocumentBody(_Request):
+    """A document; its id follows from title and text."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"title": "Karsk", "text": "Anna keeps the lamp of Karsk."}]
+        }
+    )
+
+    title: Line = ""
+    text: Text
+    source: Line = Field("", description="Where it came from, for people.")
+    metadata: Annotated[dict[str, Any], AfterValidator(_check_depth)] | None = None
+
+
+class DocumentList(_Request):
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"documents": [{"text": "Anna keeps the lamp of Karsk."}]}]}
+    )
+
+    documents: Annotated[
+        list[DocumentBody], Field(min_length=1, max_length=_MAX_DOCUMENTS, fail_fast=True)
+    ]
+
+
+def _one_or_many(value: Any) -> str:
+    return "<many>" if isinstance(value, dict) and "documents" in value else "<one>"
+
+
+AddBody = Annotated[
+    Annotated[DocumentBody, Tag("<one>")] | Annotated[DocumentList, Tag("<many>")],
+    Discriminator(_one_or_many),
+]
+
+
+class PageQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int = Field(100, ge=1, le=_MAX_DOCUMENTS)
+    offset: int = Field(0, ge=0, le=_MAX_OFFSET)
+
+
+class AddReport(_Reply):
+    """Work done for the corpus as a whole; what was interrupted earlier is made up for here."""
+
+    chunks_computed: int
+    chunks_stored_before: int
+    tokens_computed: int
+    bytes_written: int
+    seconds: float
+
+
+class Added(_Reply):
+    ids: list[str] = Field(description="One a document, in the order of the request.")
+    new: int
+    known: int = Field(description="Documents that were there already and changed nothing.")
+    chunks: int = Field(description="Chunks of the documents of this request.")
+    report: AddReport
+
+
+class StoredDocumentBody(_Reply):
+    id: str
+    title: str
+    source: str
+    metadata: dict[str, Any] | None
+    added_at: float = Field(description="Seconds since 1970, UTC.")
+    num_chunks: int
+
+
+class DocumentPage(_Reply):
+    documents: list[StoredDocumentBody]
+    limit: int
+    offset: int
+
+
+class Deleted(_Reply):
+    id: str
+    deleted: Literal[True]
+
+
+# ---- the server ----------------------------------------------------------------------------------
+
+
+class Health(_Reply):
+    status: Literal["ok"]
+    model: str
+    version: str
+    queue_depth: int = Field(description="Requests that wait for the model.")
+    running: int = Field(description="1 while the model works on a request.")
+
+
+class ErrorDetail(_Reply):
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None
+    code: str
+
+
+class ErrorBody(_Reply):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "error": {
+                        "message": "k: input should be greater than or equal to 1",
+                        "type": "invalid_request_error",
+                        "param": "k",
+                        "code": "invalid_value",
+                    }
+                }
+            ]
+        }
+    )
+
+    error: ErrorDetail
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entries of error responses."""
+    return {
+        status: {"model": ErrorBody, "description": HTTPStatus(status).phrase}
+        for status in statuses
+    }

@@ -1,0 +1,204 @@
+"""The command as a whole: help, versions, options before the command, errors and exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+
+from kvrag import __version__
+from tests.cli.conftest import execute, start
+
+#: What only the commands that need it may import.
+#: (Typer imports pydantic by itself where it is installed.)
+HEAVY = ("torch", "numpy", "pydantic_settings", "rich", "fastapi", "faiss", "tokenizers", "jinja2")
+
+
+def test_help_is_quick_and_light(environment):
+    begun = time.perf_counter()
+    result = execute("--help")
+    elapsed_s = time.perf_counter() - begun
+    assert result.code == 0
+    for command in ("precompute", "ask", "serve", "model", "store", "config", "bench"):
+        assert f"  {command} " in result.out
+    # 0.15 s on an idle machine; the tests share theirs.
+    assert elapsed_s < 2.0
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["ask", "--help"], ["store"]])
+def test_nothing_heavy_is_imported(environment, arguments):
+    code = (
+        "import sys\n"
+        "from kvrag.cli.main import run\n"
+        f"run({arguments!r})\n"
+        f"print(sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_version(kvrag):
+    result = kvrag("--version")
+    assert (result.code, result.out, result.err) == (0, f"kvrag {__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [[], ["model"], ["store"], ["config"]])
+def test_no_command_shows_help(kvrag, arguments):
+    result = kvrag(*arguments)
+    assert result.code == 2
+    assert "Commands" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nope"], "No such command 'nope'"),
+        (["ask"], "Missing argument 'question' (see kvrag ask --help)"),
+        (["ask", "x", "--nope"], "No such option: --nope"),
+        (["ask", "x", "--k", "many"], "--k"),
+        (["--threads", "0", "config", "show"], "setting 'threads' is 0"),
+        (["--dtype", "int4", "config", "show"], "setting 'dtype' is 'int4'"),
+        (["--config", "gone.toml", "config", "show"], "gone.toml is no file"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_2(kvrag, arguments, says):
+    result = kvrag(*arguments)
+    assert result.code == 2
+    assert result.out == ""
+    assert says in result.error
+
+
+def test_unknown_settings_are_named(kvrag, tmp_path, monkeypatch):
+    settings = tmp_path / "mine.toml"
+    settings.write_text('modle = "x"\n')
+    result = kvrag("--config", settings, "config", "show")
+    assert result.code == 2
+    assert "unknown setting 'modle'" in result.error
+    settings.write_text("model = \n")
+    assert "cannot be read as TOML" in kvrag("--config", settings, "config", "show").error
+    monkeypatch.delenv("KVRAG_CONFIG")
+    monkeypatch.setenv("KVRAG_RATOI", "0.5")
+    result = kvrag("config", "show")
+    assert result.code == 2
+    assert "KVRAG_RATOI is no setting" in result.error
+
+
+def test_an_error_has_a_traceback_only_when_asked(kvrag):
+    quiet = kvrag("--model", "/nowhere", "ask", "x")
+    assert quiet.code == 2
+    assert "no model '/nowhere'" in quiet.error
+    loud = kvrag("--verbose", "--model", "/nowhere", "ask", "x")
+    assert loud.code == 2
+    assert "Traceback" in loud.err
+    assert loud.err.splitlines()[-1] == quiet.error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (BrokenPipeError(32, "Broken pipe"), 141, ""),
+        (
+            ZeroDivisionError("two\nlines\x1b[31m"),
+            1,
+            "unexpected ZeroDivisionError: two lines\ufffd",
+        ),
+        (PermissionError(13, "Permission denied", "/x"), 1, "error: /x: Permission denied"),
+    ],
+)
+def test_what_a_command_may_raise(kvrag, monkeypatch, error, code, line):
+    monkeypatch.setattr(os, "dup2", lambda *args: None)  # the descriptors here are pytest's
+    stdout = sys.stdout
+
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr("kvrag.config.Settings.__init__", fail)
+    try:
+        result = kvrag("config", "show")
+    finally:
+        sys.stdout = stdout  # Typer wraps it when a pipe breaks
+    assert result.code == code
+    assert line in result.err
+    assert "Traceback" not in result.err
+
+
+def test_errors_of_every_room_have_a_code(kvrag, monkeypatch):
+    from kvrag.errors import BusyError, ModelError, UnsupportedModelError
+    from kvrag.retrieval.errors import CatalogError, DocumentError
+    from kvrag.store.errors import TierError, UnknownCodecError
+
+    expected = {
+        UnsupportedModelError("m"): 2,
+        DocumentError("d"): 2,
+        UnknownCodecError("c"): 2,
+        ModelError("m"): 1,
+        BusyError("b"): 1,
+        CatalogError("c"): 1,
+        TierError("disk", "gone"): 1,
+    }
+    for error, code in expected.items():
+
+        def fail(context, error=error, **overrides):
+            raise error
+
+        monkeypatch.setattr("kvrag.cli.config.settings_of", fail)
+        result = kvrag("config", "show")
+        assert (result.code, result.error) == (code, f"error: {error}")
+
+
+def test_warnings_of_our_loggers_are_lines_on_stderr(kvrag, monkeypatch):
+    import logging
+
+    def warn(context):
+        logging.getLogger("kvrag.store.slot").warning("tier %s:\n gone", "disk")
+        logging.getLogger("kvrag.store.slot").info("not shown")
+
+    monkeypatch.setattr("kvrag.cli.config.settings_of", warn)
+    assert "warning: tier disk: gone\n" in kvrag("config", "show").err
+    assert "info: not shown\n" in kvrag("-v", "config", "show").err
+
+
+def test_a_reader_that_goes_away_is_no_error(environment):
+    process = start("config", "show")
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 141
+    assert err == ""
+
+
+def test_interrupt_is_quiet(environment):
+    process = start("ask", "-", stdin=subprocess.PIPE)
+    time.sleep(1.5)  # by then it waits for the question
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "")
+
+
+def test_serve_and_bench_get_the_options_before_them(kvrag, monkeypatch):
+    """Both live in apps of their own that are imported when they run."""
+    seen = {}
+    benchmarks = typer.Typer()
+
+    def serve(port: int = 0) -> None:
+        from kvrag.config import Settings
+
+        seen["serve"] = (Settings().threads, port)
+
+    @benchmarks.command()
+    def first(context: typer.Context) -> None:
+        seen["bench"] = context.obj.threads
+
+    benchmarks.command("second")(lambda: None)
+    monkeypatch.setattr("kvrag.cli.serve.serve", serve)
+    monkeypatch.setattr("kvrag.bench.cli.app", benchmarks)
+    assert kvrag("--threads", "2", "serve", "--port", "7").code == 0
+    assert kvrag("--threads", "2", "bench", "first").code == 0
+    assert seen == {"serve": (2, 7), "bench": 2}
+    assert "No such option" in kvrag("serve", "--nope").error

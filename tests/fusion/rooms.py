@@ -1,0 +1,119 @@
+"""A model, a store and a prefill around them, without an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvrag.blocks import ChunkBlocks
+from kvrag.fusion.cacheblend import CacheBlend
+from kvrag.fusion.layerwise import LayerState
+from kvrag.fusion.prompt import Prompt
+from kvrag.generation.prefix_cache import PrefixCache
+from kvrag.models.config import LayerConfig, ModelConfig
+from kvrag.models.decoder import Decoder
+from kvrag.models.source import Model, open_model
+from kvrag.models.weights import Weights, read_json
+from kvrag.prefill import Prefill, Prefilled
+from kvrag.prompting import PromptLayout
+from kvrag.store.codecs import codec
+from kvrag.store.disk import DiskTier
+from kvrag.store.keys import KeyMaker
+from kvrag.store.ram import RamTier
+from kvrag.store.tiered import TieredStore, TierSlot
+from tests.models.tiny_models import token_ids
+
+PREFIX = token_ids(6, seed=1)
+OTHER_PREFIX = token_ids(9, seed=2)
+CHUNKS = [token_ids(n, seed=10 + n) for n in (23, 17, 30)]
+QUESTION = token_ids(8, seed=3)
+
+
+@dataclass(frozen=True, slots=True)
+class Recording(CacheBlend):
+    """CacheBlend that notes the positions kept behind each layer."""
+
+    name: ClassVar[str] = "recording"
+    kept: dict[int, list[int]] = field(default_factory=dict)
+
+    def narrow(self, selectable: int, state: LayerState) -> Tensor | None:
+        keep = CacheBlend.narrow(self, selectable, state)
+        positions = state.positions if keep is None else state.positions[keep]
+        self.kept[state.index] = positions.tolist()
+        return keep
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed(CacheBlend):
+    """Keeps given positions behind each layer, whatever the deviations."""
+
+    name: ClassVar[str] = "fixed"
+    kept: dict[int, list[int]] = field(default_factory=dict)
+
+    def narrow(self, selectable: int, state: LayerState) -> Tensor | None:
+        wanted = torch.tensor(self.kept[state.index], dtype=torch.int64)
+        return torch.isin(state.positions, wanted).nonzero()[:, 0]
+
+
+class Room:
+    """`run` fuses one prompt; the store is in memory, or under `root` on disk alone."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        root: Path | None = None,
+        dtype: torch.dtype = torch.float64,
+        corpus_prefix: Sequence[int] = tuple(PREFIX),
+        layers: dict[int, dict[str, object]] | None = None,
+    ) -> None:
+        self.model = opened(folder, dtype, layers)
+        tier = RamTier() if root is None else DiskTier(root)
+        self.store = TieredStore([TierSlot(tier, None)])
+        self.prefixes = PrefixCache(self.model.decoder)
+        self.blocks = ChunkBlocks(
+            self.model,
+            self.store,
+            KeyMaker(bytes(range(32))),
+            codec("raw"),
+            self.prefixes,
+            namespace="tests",
+            prefix_ids=corpus_prefix,
+        )
+        layout = PromptLayout.of(self.model.tokenizer, "Answer.")
+        self.prefill = Prefill(self.model, layout, self.blocks, self.prefixes)
+
+    def add(self, *chunks: Sequence[int]) -> None:
+        for chunk in chunks:
+            self.blocks.put(self.blocks.compute(chunk))
+
+    def prompt(self, chunks, question=QUESTION, prefix=PREFIX) -> Prompt:
+        match = tuple(prefix) == self.blocks.prefix_ids
+        return Prompt.build(prefix, chunks, question, prefix_match=match)
+
+    def run(self, chunks, strategy, *, question=QUESTION, prefix=PREFIX, **options) -> Prefilled:
+        prompt = self.prompt(chunks, question, prefix)
+        return self.prefill.run(prompt, strategy, new_tokens=4, **options)
+
+
+def opened(
+    folder: Path, dtype: torch.dtype, layers: dict[int, dict[str, object]] | None = None
+) -> Model:
+    """The model of a folder; `layers` changes options of single layers: window, rope."""
+    model = open_model(str(folder), folder, dtype=dtype)
+    if not layers:
+        return model
+    config = ModelConfig.from_hf(read_json(folder / "config.json"))
+    made: tuple[LayerConfig, ...] = tuple(
+        dataclasses.replace(layer, **layers.get(index, {}))
+        for index, layer in enumerate(config.layers)
+    )
+    config = dataclasses.replace(config, layers=made)
+    decoder = Decoder(config, Weights(folder), dtype=dtype)
+    return dataclasses.replace(model, decoder=decoder)
