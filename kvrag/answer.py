@@ -13,7 +13,7 @@ __all__ = ["Answer", "Report", "Source", "Spans", "TokenCounts"]
 
 @dataclass(frozen=True, slots=True)
 class TokenCounts:
-    """Every prompt token once: `prompt = reused + recomputed + computed`.
+    """Every prompt token once: `prompt = reused + recomputed + computed`. All 0 if cancelled.
 
     computed: prefix and question not served from a cache, and all tokens of chunks that were
     missing. recomputed: tokens of stored chunks in the selection of the first filtered layer.

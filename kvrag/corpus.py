@@ -84,12 +84,10 @@ class Corpus:
         index.refresh()
         hits = index.search(embedder.embed_query(question), k)
         chunks = self._catalog.chunk([chunk_id for chunk_id, _ in hits])
-        # A chunk that was deleted between the index and the catalog is simply not found.
-        return [
-            self._context(chunk, score)
-            for chunk, (_, score) in zip(chunks, hits, strict=True)
-            if chunk is not None
-        ]
+        found = (
+            self._context(chunk, score) for chunk, (_, score) in zip(chunks, hits, strict=True)
+        )
+        return [context for context in found if context is not None]
 
     def token_ids(self, chunk_id: int) -> tuple[int, ...] | None:
         """A chunk's stored ids; encoded and stored once for a tokenizer that is new to the home."""
@@ -115,16 +113,17 @@ class Corpus:
             if self._opened is not None:
                 self._opened[1].save()
 
-    def close(self) -> None:
-        self._catalog.close()
-
-    def _context(self, chunk: StoredChunk, score: float) -> ContextChunk:
+    def _context(self, chunk: StoredChunk | None, score: float) -> ContextChunk | None:
+        """None for a chunk that was deleted between the index and here: it is not found."""
+        token_ids = None if chunk is None else self.token_ids(chunk.id)
+        if chunk is None or token_ids is None:
+            return None
         return ContextChunk(
             id=str(chunk.id),
             document=chunk.document_id,
             title=chunk.title,
             text=chunk.text,
-            token_ids=self.token_ids(chunk.id) or (),
+            token_ids=token_ids,
             score=score,
         )
 

@@ -10,10 +10,11 @@ by name.
 
 from __future__ import annotations
 
+import hashlib
+import operator
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
@@ -43,6 +44,7 @@ from kvrag.store.ram import RamTier
 from kvrag.store.secret import load_or_create_secret
 from kvrag.store.tiered import StoreStats, TieredStore, TierSlot
 from kvrag.stream import AnswerStream, Context
+from kvrag.text import check_text
 
 __all__ = ["Engine"]
 
@@ -64,15 +66,15 @@ class Engine:
         if settings.threads is not None:
             # torch knows one number of threads a process; the last engine opened sets it.
             torch.set_num_threads(settings.threads)
+        device = _device(settings.device)
         try:
-            device = torch.device(settings.device)
-        except RuntimeError as exc:
-            raise SettingsError(f"setting 'device' is {settings.device!r}: {exc}") from exc
+            create(settings.strategy, settings.ratio)
+        except InputError as exc:
+            raise SettingsError(f"setting 'strategy' or 'ratio': {exc}") from exc
         self.model = open_model(
             settings.model, settings.models_dir, dtype=getattr(torch, settings.dtype), device=device
         )
         self._codec = codec(settings.codec)
-        self._layout = PromptLayout.of(self.model.tokenizer, settings.instruction)
         self._prefixes = PrefixCache(self.model.decoder)
         home = settings.home
         try:
@@ -86,12 +88,12 @@ class Engine:
                 TierSlot(DiskTier(home / "kv"), settings.disk_bytes),
             ]
         )
+        self._catalog = Catalog.open(home / "catalog.sqlite")
+        self.store.protect(BlockKey.parse(key) for key in self._catalog.block_keys())
+        self._layout = self._fixed_layout(settings.instruction)
         self._lock = threading.RLock()
         self._corpus: tuple[Corpus, ChunkBlocks, KVRetriever] | None = None
         self._closed = False
-        if self._catalog_path.exists():
-            with Catalog.open(self._catalog_path) as catalog:
-                self.store.protect(BlockKey.parse(key) for key in catalog.block_keys())
 
     @classmethod
     def open(cls, settings: Settings | None = None) -> Self:
@@ -157,7 +159,12 @@ class Engine:
         params = _generation_params(generation)
         plan = self._strategy(strategy, ratio)
         context = self._context(question, passages, k, params.max_tokens)
-        return AnswerStream(self.model, context, plan, params, cancelled)
+
+        def given_up() -> bool:
+            self._check_open()
+            return cancelled()
+
+        return AnswerStream(self.model, context, plan, params, given_up)
 
     @torch.inference_mode()
     def logprobs(
@@ -305,9 +312,8 @@ class Engine:
                 return
             self._closed = True
             if self._corpus is not None:
-                corpus, _, retriever = self._corpus
-                retriever.close()
-                corpus.close()
+                self._corpus[2].close()
+            self._catalog.close()
             self.store.close()
 
     def __enter__(self) -> Self:
@@ -318,13 +324,24 @@ class Engine:
 
     # ---- wiring ----------------------------------------------------------------------------------
 
-    @property
-    def _catalog_path(self) -> Path:
-        return self.settings.home / "catalog.sqlite"
-
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the engine is closed")
+
+    def _fixed_layout(self, instruction: str) -> PromptLayout:
+        """The layout as this home first rendered it: a template may write the date.
+
+        The prefix is part of every block key, so a new day must not make all blocks strangers.
+        """
+        tokenizer = self.model.tokenizer
+        digest = hashlib.blake2b(instruction.encode(), digest_size=16).hexdigest()
+        first = self._catalog.set_setting(
+            self.settings.namespace,
+            f"layout {tokenizer.digest} {tokenizer.template_digest} {digest}",
+            PromptLayout.of(tokenizer, instruction).dumps(),
+            overwrite=False,
+        )
+        return PromptLayout.loads(first, tokenizer)
 
     def _blocks(self, prefix_ids: Sequence[int]) -> ChunkBlocks:
         return ChunkBlocks(
@@ -342,14 +359,13 @@ class Engine:
         with self._lock:
             if self._corpus is None:
                 settings = self.settings
-                catalog = Catalog.open(self._catalog_path)
                 # The corpus prefix is fixed by whoever makes the corpus.
-                instruction = catalog.set_setting(
+                instruction = self._catalog.set_setting(
                     settings.namespace, _CORPUS_INSTRUCTION, settings.instruction, overwrite=False
                 )
-                layout = PromptLayout.of(self.model.tokenizer, instruction)
+                layout = self._fixed_layout(instruction)
                 corpus = Corpus(
-                    catalog,
+                    self._catalog,
                     settings.home / "index",
                     self.model.tokenizer,
                     namespace=settings.namespace,
@@ -365,7 +381,7 @@ class Engine:
     ) -> FusionStrategy:
         if isinstance(strategy, FusionStrategy):
             return strategy
-        return create(strategy or self.settings.strategy, _first(ratio, self.settings.ratio))
+        return create(_first(strategy, self.settings.strategy), _first(ratio, self.settings.ratio))
 
     def _job(self) -> PrecomputeJob:
         corpus, blocks, _ = self._open_corpus()
@@ -375,8 +391,6 @@ class Engine:
         self, question: str, passages: Sequence[Passage] | None, k: int | None, new_tokens: int
     ) -> Context:
         self._check_open()
-        if not isinstance(question, str):
-            raise InputError(f"the question is {type(question).__name__}, not a text")
         if passages is not None:
             if k is not None:
                 raise InputError("give passages or k, not both")
@@ -398,11 +412,17 @@ class Engine:
         )
 
     def _continuation_ids(self, continuation: str | Sequence[int]) -> list[int]:
-        if isinstance(continuation, str):
-            token_ids = self.model.tokenizer.encode(continuation)
-        else:
-            token_ids = [int(token_id) for token_id in continuation]
         vocab = self.model.decoder.config.vocab_size
+        if isinstance(continuation, str):
+            token_ids = self.model.tokenizer.encode(check_text("the continuation", continuation))
+        else:
+            try:
+                # `index` takes whole numbers of any library, and no fractions.
+                token_ids = [operator.index(token_id) for token_id in continuation]
+            except TypeError as exc:
+                raise InputError(
+                    f"the continuation is {continuation!r:.80}; give a text or token ids"
+                ) from exc
         if not token_ids or not all(0 <= token_id < vocab for token_id in token_ids):
             raise InputError(
                 f"the continuation has {len(token_ids)} tokens; it needs at least one, with ids "
@@ -415,16 +435,24 @@ def _first(given: T | None, otherwise: T) -> T:
     return otherwise if given is None else given
 
 
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as exc:
+        raise SettingsError(f"setting 'device' is {name!r}: {exc}") from exc
+    return device
+
+
 def _generation_params(options: dict[str, Any]) -> GenerationParams:
+    known = GenerationParams.__dataclass_fields__
+    if unknown := options.keys() - known.keys():
+        raise InputError(
+            f"unknown option {min(unknown)!r}; generation options are {', '.join(known)}"
+        )
     stop = options.get("stop", ())
     if isinstance(stop, str):
-        options = options | {"stop": (stop,)}
+        stop = (stop,)
     elif stop is None or isinstance(stop, list):
-        options = options | {"stop": tuple(stop or ())}
-    try:
-        return GenerationParams(**options)
-    except TypeError as exc:
-        known = ", ".join(GenerationParams.__dataclass_fields__)
-        raise InputError(
-            f"unknown option among {', '.join(options)}; generation options are {known}"
-        ) from exc
+        stop = tuple(stop or ())
+    return GenerationParams(**options | {"stop": stop})

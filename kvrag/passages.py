@@ -8,6 +8,7 @@ from kvrag.errors import InputError, PromptTooLongError
 from kvrag.models.tokenizer import Tokenizer
 from kvrag.prefill import ContextChunk
 from kvrag.retrieval.chunking import render_chunk
+from kvrag.text import check_text
 
 __all__ = ["MAX_PASSAGE_TOKENS", "Passage", "passage_chunks"]
 
@@ -57,8 +58,8 @@ def _parts(index: int, passage: object) -> tuple[str, str]:
         raise InputError(
             f"passage {index} is {type(passage).__name__}; give a text or {{'title', 'text'}}"
         )
-    if not isinstance(title, str) or not isinstance(text, str):
-        raise InputError(f"passage {index} has a title or text that is not a text")
+    title = check_text(f"passage {index}'s title", title)
+    text = check_text(f"passage {index}'s text", text)
     if not text.strip():
         raise InputError(f"passage {index} has no text")
     return title, text

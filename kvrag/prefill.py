@@ -19,6 +19,7 @@ from kvrag.generation.prefix_cache import PrefixCache
 from kvrag.models.source import Model
 from kvrag.prompting import PromptLayout
 from kvrag.store.tiered import BlockReader
+from kvrag.text import check_text
 
 __all__ = ["ContextChunk", "Fitted", "Prefill", "Prefilled"]
 
@@ -78,7 +79,7 @@ class Prefill:
             InputError: the question is empty.
             PromptTooLongError: prefix, question and `new_tokens` alone exceed the context.
         """
-        if not question.strip():
+        if not check_text("the question", question).strip():
             raise InputError("the question is empty")
         prefix_ids = self._layout.prefix_ids
         question_ids = self._layout.question_ids(question)
@@ -150,6 +151,8 @@ class _Run:
             dtype=decoder.compute_dtype,
             device=decoder.device,
         )
+        # Before any chunk is computed behind it: what this request computes was not cached.
+        prefix_cached = prefixes.fill(cache, prompt.prefix_ids)
         sources = self._sources(cancelled)
         if sources is None:
             return None
@@ -158,7 +161,6 @@ class _Run:
             sources, self._blocks.codec, self._recompute, decoder.config.num_layers
         )
         try:
-            prefix_cached = prefixes.fill(cache, prompt.prefix_ids)
             fused = fuse(self._strategy.start(decoder, prompt, stream, cache), cancelled)
         finally:
             stream.close()

@@ -7,6 +7,7 @@ whatever stands around them.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 from kvrag.errors import ModelError
@@ -26,8 +27,8 @@ class PromptLayout:
     """
 
     prefix_ids: tuple[int, ...]
-    _tokenizer: Tokenizer
     _tail_ids: tuple[int, ...]
+    _tokenizer: Tokenizer
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, instruction: str) -> PromptLayout:
@@ -48,9 +49,19 @@ class PromptLayout:
         head, tail = parts
         return cls(
             tuple(tokenizer.encode_template(head + "Passages:\n\n")),
-            tokenizer,
             tuple(tokenizer.encode_template(tail)),
+            tokenizer,
         )
+
+    def dumps(self) -> str:
+        """The layout's ids as text, for `loads`."""
+        return json.dumps([self.prefix_ids, self._tail_ids])
+
+    @classmethod
+    def loads(cls, text: str, tokenizer: Tokenizer) -> PromptLayout:
+        """A layout that was written by `dumps` for the same tokenizer."""
+        prefix_ids, tail_ids = json.loads(text)
+        return cls(tuple(prefix_ids), tuple(tail_ids), tokenizer)
 
     def question_ids(self, question: str) -> tuple[int, ...]:
         """Ids behind the last chunk: the question, the template's rest, the generation prompt."""

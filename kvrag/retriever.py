@@ -15,6 +15,7 @@ from kvrag.prefill import ContextChunk
 from kvrag.store.errors import StoreError
 from kvrag.store.keys import BlockKey
 from kvrag.store.tiered import BlockReader
+from kvrag.text import check_text
 
 __all__ = ["HandleState", "KVHandle", "KVRetriever", "RetrievedChunk"]
 
@@ -154,7 +155,7 @@ class KVRetriever:
         Raises:
             InputError: an empty question, k below 1, or an empty corpus.
         """
-        if not question.strip():
+        if not check_text("the question", question).strip():
             raise InputError("the question is empty")
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise InputError(f"k is {k!r}; it must be a whole number, at least 1")

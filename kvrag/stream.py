@@ -152,7 +152,7 @@ class AnswerStream:
             ttft_s=ttft_s,
             effective_ratio=prefilled.effective_ratio if prefilled else 0.0,
             prefix_match=fitted.prompt.prefix_match,
-            tokens=prefilled.tokens if prefilled else TokenCounts(fitted.prompt.length, 0, 0, 0),
+            tokens=prefilled.tokens if prefilled else TokenCounts(0, 0, 0, 0),
             spans=Spans(
                 retrieve=self._context.retrieve_s,
                 load=prefilled.load_s if prefilled else 0.0,

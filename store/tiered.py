@@ -104,8 +104,8 @@ class TieredStore:
 
         `protected` protects the key, as `protect` does. `durable_only` leaves out the tiers that
         end with the process: a corpus job must not crowd out what queries use. A tier that fails or
-        has no room is named in the outcome. Raises `ValueError` if the block is of another key, `StoreError` after
-        `close`, nothing for a failing tier or a full disk.
+        has no room is named in the outcome. Raises `ValueError` if the block is of another key,
+        `StoreError` after `close`, nothing for a failing tier or a full disk.
         """
         self._check_open()
         check_key(key, block)

@@ -27,7 +27,12 @@ class Half(StrEnum):
     all = "all"
 
 
-app = typer.Typer(help="Measure speed and fidelity on this machine.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure speed and fidelity on this machine.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+)
 
 
 @app.command("ttft")

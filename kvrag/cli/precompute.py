@@ -88,6 +88,8 @@ def _summary(progress: Progress) -> dict[str, Any]:
 
 def _sentence(progress: Progress) -> str:
     chunks, before = progress.total_chunks or 0, progress.chunks_stored_before
+    if not chunks:
+        return "nothing was added"
     if not progress.documents_added and not progress.tokens_computed:
         return f"nothing to do: the KV of all {chunks} chunks is stored"
     return (

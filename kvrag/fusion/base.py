@@ -99,7 +99,8 @@ class FusionStrategy(ABC):
     uses_blocks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.ratio <= 1.0:
+        number = isinstance(self.ratio, int | float) and not isinstance(self.ratio, bool)
+        if not number or not 0.0 <= self.ratio <= 1.0:
             raise InputError(f"ratio is {self.ratio!r}; it must lie between 0 and 1")
 
     @abstractmethod
@@ -135,7 +136,7 @@ def create(name: str, ratio: float | None = None) -> FusionStrategy:
         UnknownStrategyError: names the known ones.
         InputError: see `FusionStrategy`.
     """
-    if name not in _STRATEGIES:
+    if not isinstance(name, str) or name not in _STRATEGIES:
         raise UnknownStrategyError(
             f"unknown fusion strategy {name!r}; known are {', '.join(strategy_names())}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvrag.errors import InputError
@@ -34,15 +35,37 @@ class GenerationParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
-        finite = math.isfinite(self.temperature) and self.temperature >= 0
-        _check("temperature", self.temperature, finite, "0 or more")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-        _check("top_k", self.top_k, self.top_k >= 0, "0 (all) or more")
-        seeded = self.seed is None or 0 <= self.seed < 2**63
-        _check("seed", self.seed, seeded, "between 0 and 2**63 - 1")
-        texts = all(isinstance(text, str) and text for text in self.stop)
+        _whole("max_tokens", self.max_tokens, 1)
+        _whole("top_k", self.top_k, 0)
+        if self.seed is not None:
+            _whole("seed", self.seed, 0, 2**63 - 1)
+        _number("temperature", self.temperature, lambda value: value >= 0, "0 or more")
+        _number("top_p", self.top_p, lambda value: 0 < value <= 1, "above 0 and at most 1")
+        texts = isinstance(self.stop, tuple) and all(
+            isinstance(text, str) and text for text in self.stop
+        )
         _check("stop", self.stop, texts, "texts that are not empty")
+
+
+def _whole(name: str, value: object, low: int, high: int | None = None) -> None:
+    fits = (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and value >= low
+        and (high is None or value <= high)
+    )
+    most = "" if high is None else f" and at most {high}"
+    _check(name, value, fits, f"a whole number, at least {low}{most}")
+
+
+def _number(name: str, value: object, fits: Callable[[float], bool], rule: str) -> None:
+    allowed = (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and fits(value)
+    )
+    _check(name, value, allowed, f"a number, {rule}")
 
 
 def _check(name: str, value: object, allowed: bool, rule: str) -> None:

@@ -29,8 +29,9 @@ class Sampler:
         params = self._params
         if params.temperature == 0:
             return int(logits.argmax())
-        # Shifted first: a tiny temperature must not overflow.
-        probs = ((logits - logits.max()) / params.temperature).softmax(dim=-1)
+        # Shifted first, and in float64: a tiny temperature must neither overflow nor vanish.
+        wide = logits.double()
+        probs = ((wide - wide.max()) / params.temperature).softmax(dim=-1)
         if params.top_k or params.top_p < 1:
             count = min(params.top_k or len(probs), len(probs))
             probs, order = probs.topk(count)

@@ -18,10 +18,12 @@ class StopTexts:
     def push(self, piece: str) -> str:
         """The text that is certain now. After `found`, what stood before the stop text."""
         self._held += piece
-        ends = [at for text in self._stop if (at := self._held.find(text)) >= 0]
-        if ends:
+        # The one that is complete first, so that the pieces' borders make no difference.
+        found = [(at + len(text), at) for text in self._stop if (at := self._held.find(text)) >= 0]
+        if found:
             self.found = True
-            sure, self._held = self._held[: min(ends)], ""
+            _, start = min(found)
+            sure, self._held = self._held[:start], ""
             return sure
         keep = max((_overlap(self._held, text) for text in self._stop), default=0)
         cut = len(self._held) - keep

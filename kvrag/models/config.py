@@ -102,6 +102,8 @@ class ModelConfig:
                 f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
             )
         head_dim = _size(config, "head_dim", hidden // heads)
+        if head_dim % 2:
+            raise UnsupportedModelError(f"head_dim {head_dim} is odd; RoPE turns pairs")
         num_layers = _size(config, "num_hidden_layers")
         if config.get("use_sliding_window") or "sliding_attention" in (
             config.get("layer_types") or ()
@@ -185,7 +187,6 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
 
 def _positive(rope: Mapping[str, Any], name: str) -> float:
     value = rope.get(name)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
-        raise UnsupportedModelError(f"RoPE {name} is {value!r}; a positive number is needed")
-    return float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        return float(value)
+    raise UnsupportedModelError(f"RoPE {name} is {value!r}; a positive number is needed")

@@ -126,6 +126,7 @@ class Decoder:
             )
             for i, layer in enumerate(config.layers)
         ]
+        weights.check_all_taken()
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids int64 (n,) to rows (n, hidden_size)."""

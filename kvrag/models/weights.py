@@ -51,11 +51,14 @@ class Weights(Mapping[str, Tensor]):
                 f"{folder} holds no weights: a model folder needs *.safetensors beside config.json"
             )
         self._files: dict[str, Any] = {}
+        self._taken: set[str] = set()
         for path in files:
             try:
                 handle: Any = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as exc:
                 raise ModelError(f"weights file {path} is damaged: {exc}") from exc
+            if twice := self._files.keys() & set(handle.keys()):
+                raise ModelError(f"{path} repeats the tensor {min(twice)!r} of another file")
             self._files.update(dict.fromkeys(handle.keys(), handle))
 
     def __getitem__(self, name: str) -> Tensor:
@@ -76,6 +79,7 @@ class Weights(Mapping[str, Tensor]):
         """
         if name not in self._files:
             raise ModelError(f"the model's weights lack the tensor {name!r}")
+        self._taken.add(name)
         tensor = self[name]
         if tuple(tensor.shape) != shape:
             raise ModelError(
@@ -85,7 +89,25 @@ class Weights(Mapping[str, Tensor]):
             raise ModelError(f"tensor {name!r} is {tensor.dtype}, not a floating-point type")
         return tensor
 
+    def check_all_taken(self) -> None:
+        """A layer's tensor that nobody took would silently be left out of the model.
+
+        Raises:
+            ModelError: names the tensors.
+        """
+        # Older checkpoints store the rotary table, which everybody computes.
+        left = [
+            name
+            for name in self._files.keys() - self._taken
+            if name.startswith("model.layers.") and not name.endswith("rotary_emb.inv_freq")
+        ]
+        if left:
+            shown = ", ".join(sorted(left)[:3]) + (" …" if len(left) > 3 else "")
+            raise ModelError(
+                f"the weights hold {len(left)} tensors that the config has no use for ({shown})"
+            )
+
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a CPU tensor, without a copy."""
-    return tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
+    return tensor.reshape(-1).contiguous().view(torch.uint8).numpy().data.cast("B")

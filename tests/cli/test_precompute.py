@@ -104,6 +104,9 @@ def test_nothing_to_add(kvrag, tmp_path):
     result = kvrag("precompute", tmp_path / "gone")
     assert result.code == 2
     assert "cannot be loaded: No such file" in result.error
+    (tmp_path / "binary.txt").write_bytes(b"a\0b")
+    result = kvrag("precompute", tmp_path / "binary.txt")
+    assert (result.code, result.out) == (3, "nothing was added\n")
     (tmp_path / "empty").mkdir()
     result = kvrag("precompute", tmp_path / "empty")
     assert result.code == 2

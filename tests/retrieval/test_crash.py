@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,7 @@ def test_killed_while_adding(tmp_path, delay_s):
             [sys.executable, "-c", WORKER, str(tmp_path), str(first)],
             stdout=subprocess.PIPE,
             text=True,
+            cwd=Path(__file__).parents[2],
         )
         reported = [int(worker.stdout.readline())]
         time.sleep(delay_s)
