@@ -62,10 +62,17 @@ class ChunkBlocks:
         return str(self.key(()))
 
     def open(self, token_ids: Sequence[int]) -> BlockReader | None:
-        """A verified reader, or None if no tier has a sound copy."""
-        return self._store.open(
+        """A verified reader, or None if no tier has a sound copy of the model's shape."""
+        reader = self._store.open(
             self.key(token_ids), fingerprint=self._model.fingerprint, token_ids=token_ids
         )
+        if reader is None:
+            return None
+        header, shape = reader.header, self._shape(token_ids)
+        if (header.k_shape, header.v_shape, header.dtype) == (shape, shape, self._dtype):
+            return reader
+        reader.close()
+        return None
 
     def compute(self, token_ids: Sequence[int]) -> Block:
         """The chunk's block, computed alone behind the corpus prefix; the prefix's KV is dropped.
@@ -86,8 +93,7 @@ class ChunkBlocks:
             segments.append(self.codec.encode(k.to(decoder.dtype), v.to(decoder.dtype)))
 
         append(decoder, token_ids, cache, sink=encode)
-        config = decoder.config
-        shape = (config.num_layers, config.num_kv_heads, len(token_ids), config.head_dim)
+        shape = self._shape(token_ids)
         return encode_block(
             key=self.key(token_ids),
             kind="chunk",
@@ -95,20 +101,24 @@ class ChunkBlocks:
             token_ids=token_ids,
             k_shape=shape,
             v_shape=shape,
-            dtype=str(decoder.dtype).removeprefix("torch."),
+            dtype=self._dtype,
             codec=self.codec.name,
             codec_version=self.codec.version,
             codec_digest=self.codec.params_digest,
             segments=segments,
         )
 
-    def put(
-        self, block: Block, *, protected: bool = False, durable_only: bool = False
-    ) -> PutOutcome:
-        """Store a computed block; `protected` if the corpus refers to it. See `TieredStore.put`."""
-        return self._store.put(
-            block.header.key, block, protected=protected, durable_only=durable_only
-        )
+    @property
+    def _dtype(self) -> str:
+        return str(self._model.decoder.dtype).removeprefix("torch.")
+
+    def _shape(self, token_ids: Sequence[int]) -> tuple[int, int, int, int]:
+        config = self._model.decoder.config
+        return (config.num_layers, config.num_kv_heads, len(token_ids), config.head_dim)
+
+    def put(self, block: Block, *, durable_only: bool = False) -> PutOutcome:
+        """Store a computed block. See `TieredStore.put`."""
+        return self._store.put(block.header.key, block, durable_only=durable_only)
 
     @torch.inference_mode()
     def layers(self, block: Block) -> list[LayerKV]:

@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -113,6 +113,15 @@ class Settings(BaseSettings):
     @classmethod
     def _expand(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser().absolute()
+
+    @model_validator(mode="after")
+    def _models_outside_home(self) -> Settings:
+        if self.models_dir.is_relative_to(self.home):
+            raise ValueError(
+                f"models_dir {self.models_dir} must not lie under home {self.home}: models belong "
+                "to the user's cache and outlive a corpus"
+            )
+        return self
 
     @classmethod
     def settings_customise_sources(

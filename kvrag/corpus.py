@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,12 @@ from kvrag.retrieval.catalog import Catalog, ChunkInput, StoredChunk, StoredDocu
 from kvrag.retrieval.chunking import Chunker, render_chunk
 from kvrag.retrieval.documents import Document
 from kvrag.retrieval.embedder import Embedder, open_embedder
+from kvrag.retrieval.errors import CatalogError
 from kvrag.retrieval.index import VectorIndex
 
 __all__ = ["Corpus"]
+
+_log = logging.getLogger(__name__)
 
 #: Chunks whose vectors are made together when a home is opened with another embedder.
 _BATCH = 64
@@ -83,7 +87,7 @@ class Corpus:
         embedder, index = self._open()
         index.refresh()
         hits = index.search(embedder.embed_query(question), k)
-        chunks = self._catalog.chunk([chunk_id for chunk_id, _ in hits])
+        chunks = self._catalog.chunk([chunk_id for chunk_id, _ in hits], namespace=self._namespace)
         found = (
             self._context(chunk, score) for chunk, (_, score) in zip(chunks, hits, strict=True)
         )
@@ -94,11 +98,14 @@ class Corpus:
         (stored,) = self._catalog.token_ids([chunk_id], self._tokenizer.digest)
         if stored is not None:
             return tuple(stored)
-        (chunk,) = self._catalog.chunk([chunk_id])
+        (chunk,) = self._catalog.chunk([chunk_id], namespace=self._namespace)
         if chunk is None:
             return None
         token_ids = self._tokenizer.encode(render_chunk(chunk.title, chunk.text))
-        self._catalog.set_token_ids(chunk_id, self._tokenizer.digest, token_ids)
+        try:
+            self._catalog.set_token_ids(chunk_id, self._tokenizer.digest, token_ids)
+        except CatalogError as exc:
+            _log.warning("token ids of chunk %d are not kept: %s", chunk_id, exc)
         return tuple(token_ids)
 
     def documents(self, limit: int, offset: int) -> list[StoredDocument]:

@@ -33,13 +33,14 @@ from kvrag.passages import Passage, passage_chunks
 from kvrag.precompute.job import PrecomputeJob, Progress
 from kvrag.prefill import Prefill, Prefilled
 from kvrag.prompting import PromptLayout
+from kvrag.references import References
 from kvrag.retrieval.catalog import Catalog, Counts, StoredDocument
 from kvrag.retrieval.documents import Document
 from kvrag.retrieval.loaders import Skipped
 from kvrag.retriever import KVRetriever, RetrievedChunk
 from kvrag.store.codecs import codec
 from kvrag.store.disk import DiskTier
-from kvrag.store.keys import BlockKey, KeyMaker
+from kvrag.store.keys import KeyMaker
 from kvrag.store.ram import RamTier
 from kvrag.store.secret import load_or_create_secret
 from kvrag.store.tiered import StoreStats, TieredStore, TierSlot
@@ -78,7 +79,8 @@ class Engine:
         self._prefixes = PrefixCache(self.model.decoder)
         home = settings.home
         try:
-            home.mkdir(parents=True, exist_ok=True)
+            # Texts of documents lie here: for nobody else to read.
+            home.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as exc:
             raise SettingsError(f"home {home} cannot be made: {exc.strerror}") from exc
         self._keys = KeyMaker(load_or_create_secret(home / "key.secret"))
@@ -88,12 +90,16 @@ class Engine:
                 TierSlot(DiskTier(home / "kv"), settings.disk_bytes),
             ]
         )
-        self._catalog = Catalog.open(home / "catalog.sqlite")
-        self.store.protect(BlockKey.parse(key) for key in self._catalog.block_keys())
-        self._layout = self._fixed_layout(settings.instruction)
         self._lock = threading.RLock()
         self._corpus: tuple[Corpus, ChunkBlocks, KVRetriever] | None = None
         self._closed = False
+        try:
+            self._catalog = Catalog.open(home / "catalog.sqlite")
+            self._references = References(self._catalog, self.store)
+            self._layout = self._fixed_layout(settings.instruction)
+        except BaseException:
+            self.store.close()
+            raise
 
     @classmethod
     def open(cls, settings: Settings | None = None) -> Self:
@@ -159,12 +165,7 @@ class Engine:
         params = _generation_params(generation)
         plan = self._strategy(strategy, ratio)
         context = self._context(question, passages, k, params.max_tokens)
-
-        def given_up() -> bool:
-            self._check_open()
-            return cancelled()
-
-        return AnswerStream(self.model, context, plan, params, given_up)
+        return AnswerStream(self.model, context, plan, params, self._unless_closed(cancelled))
 
     @torch.inference_mode()
     def logprobs(
@@ -210,7 +211,11 @@ class Engine:
     ) -> Prefilled:
         """Fill a KV cache with the prompt, with room for `new_tokens` more, and go no further."""
         context = self._context(question, passages, k, new_tokens)
-        prefilled = context.prefill(self._strategy(strategy, ratio), new_tokens=new_tokens)
+        prefilled = context.prefill(
+            self._strategy(strategy, ratio),
+            new_tokens=new_tokens,
+            cancelled=self._unless_closed(lambda: False),
+        )
         if prefilled is None:
             raise RuntimeError("a prefill that nobody can cancel was cancelled")
         return prefilled
@@ -249,7 +254,7 @@ class Engine:
         Raises:
             StorageFullError: no durable tier takes a block.
         """
-        return self._job().run(documents, report, cancelled)
+        return self._job().run(documents, report, self._unless_closed(cancelled))
 
     def complete(
         self,
@@ -257,7 +262,7 @@ class Engine:
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Progress:
         """Compute the KV that the corpus lacks for this model. As `add`, without documents."""
-        return self._job().run(None, report, cancelled)
+        return self._job().run(None, report, self._unless_closed(cancelled))
 
     def retrieve(
         self, question: str, *, k: int | None = None, prefetch: bool = False
@@ -283,13 +288,8 @@ class Engine:
     def delete(self, document_id: str) -> bool:
         """Delete a document, its vectors and blocks that nothing else needs; False if absent."""
         corpus, _, _ = self._open_corpus()
-        deleted = corpus.catalog.delete_document(corpus.namespace, document_id)
-        if deleted is None:
+        if not self._references.delete_document(corpus.namespace, document_id):
             return False
-        orphans = [BlockKey.parse(key) for key in deleted.orphaned_block_keys]
-        self.store.unprotect(orphans)
-        for key in orphans:
-            self.store.delete(key)
         corpus.save()
         return True
 
@@ -328,6 +328,15 @@ class Engine:
         if self._closed:
             raise ClosedError("the engine is closed")
 
+    def _unless_closed(self, cancelled: Callable[[], bool]) -> Callable[[], bool]:
+        """`cancelled`, for work that ends with `ClosedError` when the engine is closed under it."""
+
+        def given_up() -> bool:
+            self._check_open()
+            return cancelled()
+
+        return given_up
+
     def _fixed_layout(self, instruction: str) -> PromptLayout:
         """The layout as this home first rendered it: a template may write the date.
 
@@ -335,13 +344,21 @@ class Engine:
         """
         tokenizer = self.model.tokenizer
         digest = hashlib.blake2b(instruction.encode(), digest_size=16).hexdigest()
-        first = self._catalog.set_setting(
-            self.settings.namespace,
-            f"layout {tokenizer.digest} {tokenizer.template_digest} {digest}",
-            PromptLayout.of(tokenizer, instruction).dumps(),
-            overwrite=False,
+        return PromptLayout.loads(
+            self._first_setting(
+                f"layout {tokenizer.digest} {tokenizer.template_digest} {digest}",
+                lambda: PromptLayout.of(tokenizer, instruction).dumps(),
+            ),
+            tokenizer,
         )
-        return PromptLayout.loads(first, tokenizer)
+
+    def _first_setting(self, name: str, make: Callable[[], str]) -> str:
+        """A setting of the home that the first who needs it fixes for all."""
+        namespace = self.settings.namespace
+        stored = self._catalog.setting(namespace, name)
+        if stored is not None:
+            return stored
+        return self._catalog.set_setting(namespace, name, make(), overwrite=False)
 
     def _blocks(self, prefix_ids: Sequence[int]) -> ChunkBlocks:
         return ChunkBlocks(
@@ -359,11 +376,9 @@ class Engine:
         with self._lock:
             if self._corpus is None:
                 settings = self.settings
-                # The corpus prefix is fixed by whoever makes the corpus.
-                instruction = self._catalog.set_setting(
-                    settings.namespace, _CORPUS_INSTRUCTION, settings.instruction, overwrite=False
-                )
-                layout = self._fixed_layout(instruction)
+                # Until documents are added, no instruction is the corpus's own.
+                instruction = self._catalog.setting(settings.namespace, _CORPUS_INSTRUCTION)
+                layout = self._fixed_layout(instruction or settings.instruction)
                 corpus = Corpus(
                     self._catalog,
                     settings.home / "index",
@@ -380,17 +395,30 @@ class Engine:
         self, strategy: str | FusionStrategy | None, ratio: float | None
     ) -> FusionStrategy:
         if isinstance(strategy, FusionStrategy):
+            if ratio is not None:
+                raise InputError(f"ratio is given, but the strategy has its own: {strategy!r}")
             return strategy
         return create(_first(strategy, self.settings.strategy), _first(ratio, self.settings.ratio))
 
     def _job(self) -> PrecomputeJob:
-        corpus, blocks, _ = self._open_corpus()
-        return PrecomputeJob(corpus, blocks, self.store.holds_durably)
+        self._check_open()
+        # The corpus prefix is fixed by whoever makes the corpus.
+        instruction = self._first_setting(_CORPUS_INSTRUCTION, lambda: self.settings.instruction)
+        prefix_ids = self._fixed_layout(instruction).prefix_ids
+        corpus, blocks, retriever = self._open_corpus()
+        if blocks.prefix_ids != prefix_ids:
+            # Another process made the corpus while this one had it open, empty.
+            blocks = self._blocks(prefix_ids)
+            with self._lock:
+                self._corpus = (corpus, blocks, KVRetriever(corpus, blocks, self.store.locate))
+            retriever.close()
+        return PrecomputeJob(corpus, blocks, self._references, self.store.holds_durably)
 
     def _context(
         self, question: str, passages: Sequence[Passage] | None, k: int | None, new_tokens: int
     ) -> Context:
         self._check_open()
+        self._references.refresh()
         if passages is not None:
             if k is not None:
                 raise InputError("give passages or k, not both")
@@ -400,16 +428,17 @@ class Engine:
                 self.model, self._layout, self._blocks(self._layout.prefix_ids), self._prefixes
             )
             fitted = prefill.fit(question, chunks, new_tokens)
-            return Context(prefill, fitted, begun=begun, retrieve_s=0.0, protected=False)
+            return Context(prefill, fitted, begun=begun, retrieve_s=0.0)
         begun = time.perf_counter()
         found = self.retrieve(question, k=k)
         retrieved = time.perf_counter()
         _, blocks, _ = self._open_corpus()
+        self._references.add_for_query(
+            ((item.handle.key, int(item.chunk.id)) for item in found), blocks.scope
+        )
         prefill = Prefill(self.model, self._layout, blocks, self._prefixes)
         fitted = prefill.fit(question, [item.chunk for item in found], new_tokens)
-        return Context(
-            prefill, fitted, begun=retrieved, retrieve_s=retrieved - begun, protected=True
-        )
+        return Context(prefill, fitted, begun=retrieved, retrieve_s=retrieved - begun)
 
     def _continuation_ids(self, continuation: str | Sequence[int]) -> list[int]:
         vocab = self.model.decoder.config.vocab_size

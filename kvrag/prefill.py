@@ -111,15 +111,14 @@ class Prefill:
         strategy: FusionStrategy,
         *,
         new_tokens: int,
-        protected: bool = False,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Prefilled | None:
         """Fill a cache with the prompt, with room for `new_tokens` more; None if cancelled.
 
-        Blocks that are missing or damaged are computed alone, written (`protected` if the corpus
-        refers to them) and then fused like any other.
+        Blocks that are missing or damaged are computed alone, written and then fused like any
+        other.
         """
-        run = _Run(self._model, self._blocks, prompt, strategy, protected=protected)
+        run = _Run(self._model, self._blocks, prompt, strategy)
         return run.execute(self._prefixes, new_tokens, cancelled)
 
 
@@ -132,16 +131,16 @@ class _Run:
         blocks: ChunkBlocks,
         prompt: Prompt,
         strategy: FusionStrategy,
-        *,
-        protected: bool,
     ) -> None:
         self._model, self._blocks, self._prompt = model, blocks, prompt
-        self._strategy, self._protected = strategy, protected
+        self._strategy = strategy
         self._warnings: list[str] = []
 
     def execute(
         self, prefixes: PrefixCache, new_tokens: int, cancelled: Callable[[], bool]
     ) -> Prefilled | None:
+        if cancelled():
+            return None
         begun = time.perf_counter()
         model, prompt = self._model, self._prompt
         decoder = model.decoder
@@ -151,22 +150,25 @@ class _Run:
             dtype=decoder.compute_dtype,
             device=decoder.device,
         )
-        # Before any chunk is computed behind it: what this request computes was not cached.
-        prefix_cached = prefixes.fill(cache, prompt.prefix_ids)
-        sources = self._sources(cancelled)
-        if sources is None:
-            return None
-        tiers = [s.tier if isinstance(s, BlockReader) else COMPUTED for s in sources]
+        readers = self._open()
+        tiers = [COMPUTED if reader is None else reader.tier for reader in readers]
+        # Loading begins here, beside all that is computed below.
         stream = BlockStream(
-            sources, self._blocks.codec, self._recompute, decoder.config.num_layers
+            readers, self._blocks.codec, self._recompute, decoder.config.num_layers
         )
         try:
+            # Before any chunk is computed behind it: what this request computes was not cached.
+            prefix_cached = prefixes.fill(cache, prompt.prefix_ids)
+            for chunk in stream.holes:
+                if cancelled():
+                    return None
+                stream.compute(chunk)
             fused = fuse(self._strategy.start(decoder, prompt, stream, cache), cancelled)
         finally:
             stream.close()
         if fused is None:
             return None
-        for chunk in stream.failed:
+        for chunk in stream.computed:
             tiers[chunk] = COMPUTED
         if not self._strategy.uses_blocks:
             tiers = ["none"] * len(prompt.chunks)
@@ -183,28 +185,24 @@ class _Run:
             warnings=tuple(dict.fromkeys(self._warnings)),
         )
 
-    def _sources(
-        self, cancelled: Callable[[], bool]
-    ) -> list[BlockReader | Sequence[LayerKV]] | None:
-        """An open reader for each chunk, or its layers, computed now; None if cancelled."""
+    def _open(self) -> list[BlockReader | None]:
+        """An open reader for each chunk, None where no tier has a sound block."""
+        readers: list[BlockReader | None] = []
         if not self._strategy.uses_blocks:
-            return []
-        sources: list[BlockReader | Sequence[LayerKV]] = []
+            return readers
         try:
-            for index, span in enumerate(self._prompt.chunks):
-                if cancelled():
-                    _close(sources)
-                    return None
-                reader = self._blocks.open(span.token_ids)
-                sources.append(self._recompute(index) if reader is None else reader)
+            # One by one into the list: those that are open must be closed if one fails.
+            readers.extend(self._blocks.open(span.token_ids) for span in self._prompt.chunks)
         except BaseException:
-            _close(sources)
+            for reader in readers:
+                if reader is not None:
+                    reader.close()
             raise
-        return sources
+        return readers
 
     def _recompute(self, index: int) -> list[LayerKV]:
         block = self._blocks.compute(self._prompt.chunks[index].token_ids)
-        outcome = self._blocks.put(block, protected=self._protected)
+        outcome = self._blocks.put(block)
         if not outcome.durable:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.refused)
             self._warnings.append(f"KV was computed but not stored durably ({reasons})")
@@ -233,9 +231,3 @@ class _Run:
         )
         rows = report.context_rows + isolated_rows
         return tokens, rows / (layers * prompt.context_tokens) if prompt.context_tokens else 0.0
-
-
-def _close(sources: Sequence[BlockReader | Sequence[LayerKV]]) -> None:
-    for source in sources:
-        if isinstance(source, BlockReader):
-            source.close()

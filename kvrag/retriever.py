@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from kvrag.blocks import ChunkBlocks
-from kvrag.errors import EmptyCorpusError, InputError
+from kvrag.errors import ClosedError, EmptyCorpusError, InputError
 from kvrag.prefill import ContextChunk
 from kvrag.store.errors import StoreError
 from kvrag.store.keys import BlockKey
@@ -25,7 +24,7 @@ HandleState = Literal["missing", "stored", "loading", "loaded", "released"]
 class KVHandle:
     """A lightweight id of one chunk's KV that knows its tier and state. Thread-safe.
 
-    A prefetched block is pinned in its tier until `release`, `cancel` or the end of `ttl_s`.
+    A prefetched block is held until `release`, `cancel`, or the retriever's time is over.
     """
 
     def __init__(
@@ -33,14 +32,10 @@ class KVHandle:
         blocks: ChunkBlocks,
         token_ids: Sequence[int],
         tier: str | None,
-        *,
-        ttl_s: float,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._blocks, self._token_ids = blocks, tuple(token_ids)
         self.key: BlockKey = blocks.key(token_ids)
         self._tier = tier
-        self._clock, self._expires = clock, clock() + ttl_s
         self._lock = threading.Lock()
         self._reader: BlockReader | None = None
         self._loading: Future[None] | None = None
@@ -58,23 +53,20 @@ class KVHandle:
     @property
     def state(self) -> HandleState:
         with self._lock:
-            if self._released or self._expired():
+            if self._released:
                 return "released"
-            if self._loading is not None:
-                return "loaded" if self._loading.done() else "loading"
+            if self._loading is not None and not self._loading.done():
+                return "loading"
+            if self._reader is not None:
+                return "loaded"
             return "missing" if self._tier is None else "stored"
 
     def prefetch(self, pool: ThreadPoolExecutor) -> None:
         """Begin to load and verify the block in the background; a second call does nothing."""
         with self._lock:
-            if self._released or self._loading is not None or self._expired():
+            if self._released or self._loading is not None:
                 return
             self._loading = pool.submit(self._load)
-
-    def expired(self) -> bool:
-        """Whether `ttl_s` has passed; the owner then releases the handle."""
-        with self._lock:
-            return self._expired()
 
     def cancel(self) -> None:
         """Stop a load that has not begun and release; what is being read is finished first."""
@@ -92,13 +84,12 @@ class KVHandle:
         if reader is not None:
             reader.close()
 
-    def _expired(self) -> bool:
-        return self._clock() >= self._expires
-
     def _load(self) -> None:
         try:
             reader = self._blocks.open(self._token_ids)
             if reader is None:
+                with self._lock:
+                    self._tier = None
                 return
             with self._lock:
                 keep = not self._released
@@ -111,6 +102,9 @@ class KVHandle:
         except StoreError:
             # A damaged or vanished block is a miss: the request that wants it computes it.
             self.release()
+        except BaseException:
+            self.release()
+            raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +137,7 @@ class KVRetriever:
         self._ttl_s = ttl_s
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="kvrag-prefetch")
         self._lock = threading.Lock()
-        self._handles: list[KVHandle] = []
+        self._held: dict[threading.Timer, list[KVHandle]] = {}
         self._closed = False
 
     def retrieve(self, question: str, k: int, *, prefetch: bool = False) -> list[RetrievedChunk]:
@@ -159,33 +153,44 @@ class KVRetriever:
             raise InputError("the question is empty")
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise InputError(f"k is {k!r}; it must be a whole number, at least 1")
-        self._release_expired()
         chunks = self._corpus.search(question, k)
         if not chunks:
             raise EmptyCorpusError("the corpus is empty; add documents first, or give passages")
         tiers = self._locate([self._blocks.key(chunk.token_ids) for chunk in chunks])
         found = []
         for chunk, tier in zip(chunks, tiers, strict=True):
-            handle = KVHandle(self._blocks, chunk.token_ids, tier, ttl_s=self._ttl_s)
-            if prefetch:
-                handle.prefetch(self._pool)
+            handle = KVHandle(self._blocks, chunk.token_ids, tier)
             found.append(RetrievedChunk(chunk, chunk.score or 0.0, handle))
         if prefetch:
-            with self._lock:
-                self._handles += [item.handle for item in found]
+            self._hold([item.handle for item in found])
         return found
 
     def close(self) -> None:
         """Release all handles. A second call does nothing."""
         with self._lock:
-            handles, self._handles = self._handles, []
-        for handle in handles:
-            handle.cancel()
+            self._closed = True
+            held, self._held = self._held, {}
+        for timer, handles in held.items():
+            timer.cancel()
+            for handle in handles:
+                handle.cancel()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _release_expired(self) -> None:
+    def _hold(self, handles: list[KVHandle]) -> None:
+        """Load the blocks, and release them when nobody has come for them in `ttl_s`."""
+
+        def expire() -> None:
+            with self._lock:
+                self._held.pop(timer, None)
+            for handle in handles:
+                handle.cancel()
+
+        timer = threading.Timer(self._ttl_s, expire)
+        timer.daemon = True
         with self._lock:
-            old = [handle for handle in self._handles if handle.expired()]
-            self._handles = [h for h in self._handles if h.state != "released"]
-        for handle in old:
-            handle.release()
+            if self._closed:
+                raise ClosedError("the engine is closed")
+            self._held[timer] = handles
+            for handle in handles:
+                handle.prefetch(self._pool)
+        timer.start()

@@ -28,12 +28,11 @@ class Context:
     """
 
     def __init__(
-        self, prefill: Prefill, fitted: Fitted, *, begun: float, retrieve_s: float, protected: bool
+        self, prefill: Prefill, fitted: Fitted, *, begun: float, retrieve_s: float
     ) -> None:
         self._prefill, self.fitted = prefill, fitted
         self.layout_s = time.perf_counter() - begun
         self.retrieve_s = retrieve_s
-        self._protected = protected
 
     def prefill(
         self,
@@ -47,7 +46,6 @@ class Context:
             self.fitted.prompt,
             strategy,
             new_tokens=new_tokens,
-            protected=self._protected,
             cancelled=cancelled,
         )
 

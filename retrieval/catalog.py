@@ -333,6 +333,12 @@ class Catalog:
         False if the chunk is gone: nothing then refers to the block, and its writer deletes it.
         """
         _check_name("block key", key)
+        known = self._rows(
+            "SELECT 1 FROM block_refs WHERE chunk_id = ? AND scope = ? AND block_key = ?",
+            (int(chunk_id), scope, key),
+        )
+        if known:  # the common case of a query, which must not wait for a writer
+            return True
         with self._writing() as db:
             exists = db.execute("SELECT namespace FROM chunks WHERE id = ?", (int(chunk_id),))
             row = exists.fetchone()
@@ -415,6 +421,10 @@ class Catalog:
             )
         ]
         return Counts(*numbers)
+
+    def data_version(self) -> int:
+        """A number that changes when another connection has changed the file."""
+        return int(self._rows("PRAGMA data_version", ())[0][0])
 
     def generation(self, namespace: str) -> int:
         """A number that grows with every change to the namespace's chunks or vectors; 0 at first.

@@ -66,7 +66,9 @@ def run(engine: Engine, options: TtftOptions) -> dict[str, Any]:
                     max_tokens=options.new_tokens,
                 )
                 first = answer.report.ttft_s
-                token = answer.report.spans.decode / max(1, len(answer.token_ids) - 1)
+                # The end token takes a step, too, and is no part of the answer.
+                steps = len(answer.token_ids) - (answer.finish_reason == "length")
+                token = answer.report.spans.decode / max(1, steps)
                 if name == "cacheblend":
                     ratios.append(answer.report.effective_ratio)
                     stall.append(answer.report.spans.stall)

@@ -25,6 +25,7 @@ __all__ = [
     "format_seconds",
     "globals_of",
     "one_line",
+    "parse_setting",
     "plain_table",
     "print_json",
     "read_input_file",
@@ -57,9 +58,36 @@ def settings_of(context: typer.Context, **overrides: Any) -> Settings:
     An override of None is none. Raises SettingsError.
     """
     from kvrag.config import Settings
+    from kvrag.errors import SettingsError
 
     given = {name: value for name, value in overrides.items() if value is not None}
-    return Settings(**globals_of(context).overrides | given)
+    values = globals_of(context).overrides | given
+    for name in values:
+        # Not left to Settings, for which names such as `_env_file` are switches of its own.
+        if name not in Settings.model_fields:
+            known = ", ".join(Settings.model_fields)
+            raise SettingsError(f"unknown setting {name!r}; known are {known}")
+    return Settings(**values)
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Name and value of `name=value`. What is no TOML value is the text that it is.
+
+    Raises typer.BadParameter.
+    """
+    import tomllib
+
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise typer.BadParameter(f"{text!r} is not of the form name=value", param_hint="--set")
+    try:
+        table = tomllib.loads(f"value = {value}")
+    except ValueError:
+        return name.strip(), value
+    # A line break in the value could begin further entries. Dates are no setting's type, so a text
+    # that reads like one is meant.
+    plain = len(table) == 1 and isinstance(table["value"], str | int | float | list | dict)
+    return name.strip(), table["value"] if plain else value
 
 
 def print_json(value: Any) -> None:

@@ -20,7 +20,7 @@ import typer
 from kvrag import __version__
 from kvrag.cli import config, model, store
 from kvrag.cli.ask import ask
-from kvrag.cli.common import Globals, globals_of, one_line, settings_of
+from kvrag.cli.common import Globals, globals_of, one_line, parse_setting, settings_of
 from kvrag.cli.precompute import precompute
 
 __all__ = ["app", "main", "run"]
@@ -49,9 +49,6 @@ app.command("ask")(ask)
 @app.command("serve", context_settings=_FORWARDED)
 def _serve(context: typer.Context) -> None:
     """Answer questions over HTTP."""
-    # `serve` builds its settings itself, so the options before it reach it as variables.
-    for name, value in globals_of(context).overrides.items():
-        os.environ[f"KVRAG_{name.upper()}"] = str(value)
 
     def serve_app() -> typer.Typer:
         from kvrag.cli.serve import serve
@@ -112,6 +109,13 @@ def _options(
         str | None, typer.Option(help="Weights and stored KV: bfloat16, float32 or float64.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Folder of evaluation data for `kvrag bench fidelity`.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any setting; may be repeated."),
+    ] = None,
     config_file: Annotated[
         Path | None,
         typer.Option("--config", help="Settings file instead of ./kvrag.toml."),
@@ -126,8 +130,15 @@ def _options(
 ) -> None:
     given = globals_of(context)
     given.verbose = verbose
-    values = {"model": model, "home": home, "dtype": dtype, "threads": threads}
-    given.overrides = {name: value for name, value in values.items() if value is not None}
+    values = {
+        "model": model,
+        "home": home,
+        "dtype": dtype,
+        "threads": threads,
+        "eval_data": eval_data,
+    }
+    given.overrides = dict(parse_setting(text) for text in assignments or ())
+    given.overrides |= {name: value for name, value in values.items() if value is not None}
     _log_to_stderr(verbose=verbose)
     if config_file is not None:
         if not config_file.expanduser().is_file():

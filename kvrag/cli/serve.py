@@ -15,6 +15,7 @@ _EXTRA = frozenset({"fastapi", "starlette", "uvicorn"})
 
 
 def serve(
+    context: typer.Context,
     host: Annotated[str | None, typer.Option(help="Loopback address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 picks one.", min=0, max=65535)] = None,
     queue_size: Annotated[
@@ -27,8 +28,10 @@ def serve(
     """
     from kvrag.config import Settings
 
+    settings = context.obj if isinstance(context.obj, Settings) else Settings()
     given = {"host": host, "port": port, "queue_size": queue_size}
-    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = Settings(**settings.model_dump(include=settings.model_fields_set) | given)
     try:
         from kvrag.serving.run import run
     except ModuleNotFoundError as exc:

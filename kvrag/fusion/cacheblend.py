@@ -53,7 +53,7 @@ class CacheBlend(LayerwiseStrategy):
             return None
         rows = rows_at(state.index, state.num_layers, self.ratio, selectable)
         if rows >= len(state.positions):
-            return None
+            return torch.arange(len(state.positions), device=state.positions.device)
         return torch.topk(self.scores(state), rows).indices.sort().values
 
     def scores(self, state: LayerState) -> Tensor:

@@ -57,7 +57,8 @@ class LayerwiseStrategy(FusionStrategy):
         """
 
     def narrow(self, selectable: int, state: LayerState) -> Tensor | None:
-        """Indices into `state.positions`, ascending, of the rows that go on; None keeps all.
+        """Indices into `state.positions`, ascending, of the rows that go on; None where
+        the strategy does not judge: all go on.
 
         Args:
             selectable: how many context rows began.
@@ -91,6 +92,7 @@ class LayerwiseRun(FusionRun):
         self._x = decoder.embed(token_ids)
         self._layer = 0
         self._context_rows = 0
+        self._narrowed = False
         self._selected = self._positions[: self._selectable]
 
     @property
@@ -111,7 +113,8 @@ class LayerwiseRun(FusionRun):
         if keep is not None:
             self._positions = self._positions[keep]
         self._context_rows += self._num_context
-        if index <= 1:  # layer 0 narrows nothing that a later layer could have judged
+        if keep is not None and not self._narrowed:
+            self._narrowed = True
             self._selected = self._positions[: self._num_context]
         if final:
             # K and V of every row are written; only the last row's logits are wanted.

@@ -27,28 +27,28 @@ class BlockStream:
     """A `fusion.LayerStream` over the store.
 
     Args:
-        chunks: one source a chunk: an open reader, or all layers in memory. The stream closes the
-            readers.
+        readers: one a chunk, open; None for a chunk that no tier has. The stream closes them.
         codec: decodes the readers' segments.
-        recompute: makes all layers of chunk i anew, when its block fails on the way.
+        recompute: makes all layers of chunk i.
 
+    Loading begins at once. `computed` holds the indices of the chunks that were not loaded;
     `load_s` is how long the reader thread read, verified and decoded; `stall_s` how long the
-    caller waited for it; `recompute_s` is the time in `recompute`; `failed` holds the indices of
-    the chunks that were computed anew.
+    caller waited for it.
     """
 
     def __init__(
         self,
-        chunks: Sequence[BlockReader | Sequence[LayerKV]],
+        readers: Sequence[BlockReader | None],
         codec: Codec,
         recompute: Callable[[int], Sequence[LayerKV]],
         num_layers: int,
     ) -> None:
-        self._readers = {i: c for i, c in enumerate(chunks) if isinstance(c, BlockReader)}
-        self._memory = {i: c for i, c in enumerate(chunks) if not isinstance(c, BlockReader)}
+        self._readers = {i: reader for i, reader in enumerate(readers) if reader is not None}
+        self._memory: dict[int, Sequence[LayerKV]] = {}
+        self._count = len(readers)
         self._codec, self._recompute, self._num_layers = codec, recompute, num_layers
-        self.load_s = self.stall_s = self.recompute_s = 0.0
-        self.failed: set[int] = set()
+        self.load_s = self.stall_s = 0.0
+        self._error: BaseException | None = None
         self._next = 0
         self._closed = threading.Event()
         self._ready: Queue[dict[int, LayerKV | StoreError] | BaseException] = Queue(maxsize=1)
@@ -57,26 +57,39 @@ class BlockStream:
             self._thread = threading.Thread(target=self._read, name="kvrag-layers", daemon=True)
             self._thread.start()
 
+    @property
+    def computed(self) -> frozenset[int]:
+        return frozenset(self._memory)
+
+    @property
+    def holes(self) -> list[int]:
+        """Chunks that have no block and were not computed yet."""
+        return [i for i in range(self._count) if i not in self._readers and i not in self._memory]
+
+    def compute(self, chunk: int) -> None:
+        """Make the layers of a chunk that cannot be loaded."""
+        self._memory[chunk] = self._recompute(chunk)
+
     def next_layer(self) -> list[LayerKV]:
         index, self._next = self._next, self._next + 1
         if self._closed.is_set() or index >= self._num_layers:
             raise RuntimeError(f"layer {index} asked of a stream that is closed or at its end")
+        if self._error is not None:
+            raise self._error
         loaded: dict[int, LayerKV | StoreError] = {}
         if self._thread is not None:
             begun = time.perf_counter()
             item = self._ready.get()
             self.stall_s += time.perf_counter() - begun
             if isinstance(item, BaseException):
+                self._error = item
                 raise item
             loaded = item
-        for chunk, kv in loaded.items():
-            if isinstance(kv, StoreError) and chunk not in self._memory:
-                begun = time.perf_counter()
-                self._memory[chunk] = self._recompute(chunk)
-                self.recompute_s += time.perf_counter() - begun
-                self.failed.add(chunk)
-        count = len(self._readers.keys() | self._memory.keys())
-        return [self._kv(chunk, index, loaded) for chunk in range(count)]
+        failed = [chunk for chunk, kv in loaded.items() if isinstance(kv, StoreError)]
+        for chunk in (*failed, *self.holes):
+            if chunk not in self._memory:
+                self.compute(chunk)
+        return [self._kv(chunk, index, loaded) for chunk in range(self._count)]
 
     def close(self) -> None:
         self._closed.set()
@@ -107,7 +120,7 @@ class BlockStream:
                 for chunk, reader in self._readers.items():
                     if self._closed.is_set():
                         return
-                    if chunk in self.failed:
+                    if chunk in self._memory:
                         continue
                     try:
                         (segment,) = reader.read(index, index + 1)

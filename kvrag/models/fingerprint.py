@@ -19,15 +19,23 @@ __all__ = ["model_fingerprint"]
 
 
 def model_fingerprint(
-    config: ModelConfig, weights: Weights, tokenizer_digest: str, dtype: torch.dtype
+    config: ModelConfig,
+    weights: Weights,
+    tokenizer_digest: str,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
 ) -> str:
-    """64 hex characters.
+    """64 hex characters. `dtype` is what weights and KV are rounded to, see `Decoder`.
 
     The weights are read at memory speed with xxh3-128 at every opening: a digest remembered by
     file time would call a changed file the same model.
     """
     digest = hashlib.blake2b(digest_size=32)
-    parts = dataclasses.asdict(config) | {"tokenizer": tokenizer_digest, "dtype": str(dtype)}
+    parts = dataclasses.asdict(config) | {
+        "tokenizer": tokenizer_digest,
+        "dtype": str(dtype),
+        "compute_dtype": str(compute_dtype),
+    }
     # Not properties of a token's KV: how far a prompt may reach, and where decoding stops.
     for name in ("max_positions", "eos_token_ids"):
         del parts[name]

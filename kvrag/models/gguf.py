@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,16 @@ import numpy as np
 import torch
 import xxhash
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from kvrag.errors import ModelError, ModelNotFoundError, UnsupportedModelError
 from kvrag.models.config import FAMILIES, RopeConfig
+from kvrag.models.gguf_tokenizer import gguf_tokenizer, tokenizer_field, tokenizer_options
 from kvrag.models.rope import inverse_frequencies
 
 __all__ = ["convert_gguf"]
 
 #: Part of the folder's name: raise it when the conversion changes.
 _CONVERTER_VERSION = 1
-
-_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def convert_gguf(path: Path, models_dir: Path) -> Path:
@@ -99,8 +96,8 @@ def _write(path: Path, folder: Path) -> None:
     config = _config(path, fields, {tensor.name: tensor for tensor in reader.tensors})
     tensors = dict(_tensors(path, reader.tensors, config))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _tokenizer(path, fields).save(str(folder / "tokenizer.json"))
-    options = _tokenizer_options(fields)
+    gguf_tokenizer(path, fields).save(str(folder / "tokenizer.json"))
+    options = tokenizer_options(fields)
     for name, content in (("config.json", config), ("tokenizer_config.json", options)):
         (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
@@ -146,7 +143,7 @@ def _config(path: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> dict
         "max_position_embeddings": need("context_length"),
         # GGUF keeps float32; give back the decimal that the model's author wrote.
         "rms_norm_eps": float(f"{need('attention.layer_norm_rms_epsilon'):.6g}"),
-        "vocab_size": len(_tokenizer_field(path, fields, "tokens")),
+        "vocab_size": len(tokenizer_field(path, fields, "tokens")),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
@@ -156,13 +153,6 @@ def _config(path: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> dict
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
         "torch_dtype": "float32",
     }
-
-
-def _tokenizer_field(path: Path, fields: dict[str, Any], name: str) -> Any:
-    try:
-        return fields[f"tokenizer.ggml.{name}"]
-    except KeyError as exc:
-        raise ModelError(f"{path.name} lacks the key tokenizer.ggml.{name}") from exc
 
 
 def _llama3_scaling(path: Path, stretch: Any, theta: float) -> dict[str, Any]:
@@ -244,60 +234,6 @@ def _tensors(
                 .reshape(array.shape)
             )
         yield names[tensor.name], torch.from_numpy(np.ascontiguousarray(array))
-
-
-def _tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
-    """A byte-level BPE from GGUF's lists; how text is split first is named by `pre`."""
-    kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-
-    def split(numbers: str) -> pre_tokenizers.PreTokenizer:
-        pattern = Regex(f"{_LETTERS}|{numbers}|{_REST}")
-        return pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "isolated"), byte_level])
-
-    known: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-        "smollm": lambda: pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
-        ),
-        "qwen2": lambda: split(r"\p{N}"),
-        "llama-bpe": lambda: split(r"\p{N}{1,3}"),
-    }
-    if kind != "gpt2" or pre not in known:
-        raise UnsupportedModelError(
-            f"{path.name}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported "
-            f"(gpt2 with {', '.join(known)} is); use the model's Hugging Face folder"
-        )
-    tokens: list[str] = _tokenizer_field(path, fields, "tokens")
-    merges = [tuple(merge.split(" ", 1)) for merge in _tokenizer_field(path, fields, "merges")]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
-    tokenizer = Tokenizer(bpe)
-    tokenizer.pre_tokenizer = known[pre]()
-    tokenizer.decoder = decoders.ByteLevel()
-    if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    control, user_defined = 3, 4  # gguf's TokenType
-    types = _tokenizer_field(path, fields, "token_type")
-    tokenizer.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types, strict=True)
-         if k == control]
-    )  # fmt: skip
-    tokenizer.add_tokens(
-        [AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=True)
-         if k == user_defined]
-    )  # fmt: skip
-    return tokenizer
-
-
-def _tokenizer_options(fields: dict[str, Any]) -> dict[str, Any]:
-    tokens = fields["tokenizer.ggml.tokens"]
-    options: dict[str, Any] = {"chat_template": fields.get("tokenizer.chat_template")}
-    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        index = fields.get(f"tokenizer.ggml.{theirs}_token_id")
-        options[f"{ours}_token"] = None if index is None else tokens[index]
-    # What transformers needs to open the folder too.
-    options["tokenizer_class"] = "PreTrainedTokenizerFast"
-    return options
 
 
 def _sync(folder: Path) -> None:

@@ -70,10 +70,13 @@ def open_model(
     tokenizer = Tokenizer(folder)
     generation = folder / "generation_config.json"
     stops = token_id_list(read_json(generation).get("eos_token_id")) if generation.exists() else ()
+    decoder = Decoder(config, weights, dtype=dtype, device=device)
     return Model(
         folder=folder,
-        decoder=Decoder(config, weights, dtype=dtype, device=device),
+        decoder=decoder,
         tokenizer=tokenizer,
-        fingerprint=model_fingerprint(config, weights, tokenizer.digest, dtype),
+        fingerprint=model_fingerprint(
+            config, weights, tokenizer.digest, dtype, decoder.compute_dtype
+        ),
         eos_token_ids=frozenset(config.eos_token_ids + stops),
     )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from kvrag.blocks import ChunkBlocks
 from kvrag.corpus import Corpus
 from kvrag.errors import KvragError
+from kvrag.references import References
 from kvrag.retrieval.documents import Document
 from kvrag.retrieval.loaders import Skipped
 from kvrag.store.keys import BlockKey
@@ -60,10 +61,15 @@ class PrecomputeJob:
     """Adds documents to a corpus and computes the blocks that are missing."""
 
     def __init__(
-        self, corpus: Corpus, blocks: ChunkBlocks, is_stored: Callable[[BlockKey], bool]
+        self,
+        corpus: Corpus,
+        blocks: ChunkBlocks,
+        references: References,
+        is_stored: Callable[[BlockKey], bool],
     ) -> None:
         """`is_stored` asks the durable tiers for a key."""
-        self._corpus, self._blocks, self._is_stored = corpus, blocks, is_stored
+        self._corpus, self._blocks = corpus, blocks
+        self._references, self._is_stored = references, is_stored
 
     def run(
         self,
@@ -130,13 +136,14 @@ class PrecomputeJob:
         key = self._blocks.key(token_ids)
         # The reference comes first: a block without one may be evicted, a reference without its
         # block only means that the block is computed when it is wanted.
-        self._corpus.catalog.add_block_ref(str(key), chunk_id, self._blocks.scope)
+        if not self._references.add(key, chunk_id, self._blocks.scope):
+            return  # deleted meanwhile
         if self._is_stored(key):
             progress.chunks_stored_before += 1
             return
         begun = time.perf_counter()
         block = self._blocks.compute(token_ids)
-        outcome = self._blocks.put(block, protected=True, durable_only=True)
+        outcome = self._blocks.put(block, durable_only=True)
         progress.seconds += time.perf_counter() - begun
         if not outcome.durable:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.refused)

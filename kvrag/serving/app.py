@@ -24,7 +24,7 @@ from kvrag.serving.errors import problem_of
 from kvrag.serving.guard import Guard
 from kvrag.serving.query import query_router
 from kvrag.serving.queue import ModelQueue
-from kvrag.serving.schemas import Health
+from kvrag.serving.schemas import Health, error_responses
 from kvrag.store.errors import StoreError
 
 __all__ = ["MAX_BODY_BYTES", "create_app"]
@@ -44,6 +44,8 @@ _CAUGHT: tuple[type[Exception], ...] = (
 
 def create_app(engine: Engine, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """The application; `app.state.queue` is its `ModelQueue`.
+
+    It answers requests to loopback addresses and `localhost` alone, as the Host header names them.
 
     Args:
         max_body_bytes: larger bodies are answered with 413.
@@ -72,7 +74,12 @@ def create_app(engine: Engine, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastA
     # A folder's path is nobody's business; its name, or that of a packaged model, is enough.
     model = Path(engine.settings.model).name
 
-    @app.get("/health", summary="Whether the server answers", tags=["server"])
+    @app.get(
+        "/health",
+        summary="Whether the server answers",
+        tags=["server"],
+        responses=error_responses(400),
+    )
     async def health() -> Health:
         """Never waits for the model."""
         return Health(

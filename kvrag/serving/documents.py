@@ -34,7 +34,9 @@ from kvrag.serving.schemas import (
 __all__ = ["documents_router"]
 
 _ADD_ERRORS = error_responses(400, 413, 422, 429, 500, 501, 503, 507)
-_READ_ERRORS = error_responses(422, 500, 503)
+_READ_ERRORS = error_responses(400, 422, 500, 503)
+_SHOW_ERRORS = error_responses(400, 404, 422, 500, 503)
+_DELETE_ERRORS = error_responses(400, 404, 422, 429, 500, 503)
 
 
 def documents_router(engine: Engine, queue: ModelQueue) -> APIRouter:
@@ -45,8 +47,8 @@ def documents_router(engine: Engine, queue: ModelQueue) -> APIRouter:
     async def add(body: AddBody, request: Request) -> Added:
         """One document, or several under `documents`.
 
-        A document that is there already changes nothing. If the client goes away, what was stored
-        stays, and adding the same again does the rest.
+        A document that is there already changes nothing, but for KV that it still lacks. If the
+        client goes away, what was stored stays, and adding the same again does the rest.
         """
         documents = _documents(body)
         job: Job[None, Added] = queue.submit(lambda job: _add(engine, documents, job))
@@ -63,7 +65,7 @@ def documents_router(engine: Engine, queue: ModelQueue) -> APIRouter:
             offset=query.offset,
         )
 
-    @router.get("/{id}", summary="Show a document", responses=error_responses(404, 422, 500, 503))
+    @router.get("/{id}", summary="Show a document", responses=_SHOW_ERRORS)
     def show(id: str) -> StoredDocumentBody:
         """Without its text."""
         document = engine.document(id)
@@ -71,9 +73,7 @@ def documents_router(engine: Engine, queue: ModelQueue) -> APIRouter:
             raise UnknownDocumentError(id)
         return _stored(document)
 
-    @router.delete(
-        "/{id}", summary="Delete a document", responses=error_responses(404, 422, 429, 500, 503)
-    )
+    @router.delete("/{id}", summary="Delete a document", responses=_DELETE_ERRORS)
     async def delete(id: str, request: Request) -> Deleted:
         """With its vectors, and the KV that no other document shares."""
         job: Job[None, bool] = queue.submit(lambda job: engine.delete(id))

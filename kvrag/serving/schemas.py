@@ -286,19 +286,22 @@ class PageQuery(BaseModel):
 
 
 class AddReport(_Reply):
-    """Work done for the corpus as a whole; what was interrupted earlier is made up for here."""
+    """Work done for the documents of this request; no other document's KV is computed.
 
-    chunks_computed: int
-    chunks_stored_before: int
-    tokens_computed: int
-    bytes_written: int
-    seconds: float
+    For documents that were there already, only what they still lack is computed.
+    """
+
+    chunks_computed: int = Field(description="Chunks whose KV was computed and stored now.")
+    chunks_stored_before: int = Field(description="Chunks whose KV was stored already.")
+    tokens_computed: int = Field(description="Tokens of the chunks computed now.")
+    bytes_written: int = Field(description="Bytes of KV stored now.")
+    seconds: float = Field(description="Of computing and storing KV alone.")
 
 
 class Added(_Reply):
     ids: list[str] = Field(description="One a document, in the order of the request.")
     new: int
-    known: int = Field(description="Documents that were there already and changed nothing.")
+    known: int = Field(description="Documents that were in the corpus already.")
     chunks: int = Field(description="Chunks of the documents of this request.")
     report: AddReport
 

@@ -64,6 +64,16 @@ def test_no_command_shows_help(kvrag, arguments):
         (["--threads", "0", "config", "show"], "setting 'threads' is 0"),
         (["--dtype", "int4", "config", "show"], "setting 'dtype' is 'int4'"),
         (["--config", "gone.toml", "config", "show"], "gone.toml is no file"),
+        (["--set", "k", "config", "show"], "'k' is not of the form name=value"),
+        (["--set", "=3", "config", "show"], "'=3' is not of the form name=value"),
+        (["--set", "nope=3", "config", "show"], "unknown setting 'nope'; known are model, home"),
+        (["--set", "_env_file=x", "config", "show"], "unknown setting '_env_file'"),
+        (["--set", "self=x", "config", "show"], "unknown setting 'self'"),
+        (["--set", "k=0", "config", "show"], "setting 'k' is 0"),
+        (["--set", "k=many", "config", "show"], "setting 'k' is 'many'"),
+        (["--set", "k=[4]", "config", "show"], "setting 'k' is [4]"),
+        (["--set", "k=1\nratio=0.5", "config", "show"], "setting 'k' is '1\\nratio=0.5'"),
+        (["--set", "port=99999", "serve"], "setting 'port' is 99999"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_2(kvrag, arguments, says):
@@ -186,10 +196,8 @@ def test_serve_and_bench_get_the_options_before_them(kvrag, monkeypatch):
     seen = {}
     benchmarks = typer.Typer()
 
-    def serve(port: int = 0) -> None:
-        from kvrag.config import Settings
-
-        seen["serve"] = (Settings().threads, port)
+    def serve(context: typer.Context, port: int = 0) -> None:
+        seen["serve"] = (context.obj.threads, port)
 
     @benchmarks.command()
     def first(context: typer.Context) -> None:
@@ -202,3 +210,18 @@ def test_serve_and_bench_get_the_options_before_them(kvrag, monkeypatch):
     assert kvrag("--threads", "2", "bench", "first").code == 0
     assert seen == {"serve": (2, 7), "bench": 2}
     assert "No such option" in kvrag("serve", "--nope").error
+
+
+def test_serve_puts_its_own_options_over_the_settings(kvrag, environment, monkeypatch):
+    pytest.importorskip("uvicorn", reason="serving needs the extra kvrag[serve]")
+    served = []
+    monkeypatch.setattr("kvrag.serving.run.run", lambda settings, announce: served.append(settings))
+    monkeypatch.setenv("KVRAG_QUEUE_SIZE", "5")
+    before = dict(os.environ)
+    assert kvrag("--threads", 2, "--set", "port=7", "--set", "k=9", "serve", "--port", 8).code == 0
+    assert dict(os.environ) == before
+    (settings,) = served
+    assert (settings.threads, settings.k, settings.port, settings.queue_size) == (2, 9, 8, 5)
+    assert str(settings.home) == environment["KVRAG_HOME"]
+    assert kvrag("serve", "--host", "").code == 0
+    assert served[-1].host == ""

@@ -137,6 +137,47 @@ def test_config_show(kvrag, environment, tmp_path, monkeypatch):
     assert all(name in text for name in Settings.model_fields)
 
 
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("ram_bytes=1000000", 1_000_000),
+        ("ram_bytes = 1_000_000", 1_000_000),
+        ("ratio=0.25", 0.25),
+        ("eval_data=/x", "/x"),
+        ("namespace=a", "a"),
+        ('namespace="1"', "1"),
+        ("namespace=2024-01-01", "2024-01-01"),
+        ("instruction=a = b # c", "a = b # c"),
+        ("instruction=Answer.\nBriefly.", "Answer.\nBriefly."),
+        ("model=/a b/ö.gguf", "/a b/ö.gguf"),
+    ],
+)
+def test_any_setting_on_the_command_line(kvrag, assignment, value):
+    name = assignment.partition("=")[0].strip()
+    shown = kvrag("--set", assignment, "config", "show", "--json").json
+    assert shown[name] == {"value": value, "source": "command line"}
+
+
+def test_every_setting_can_be_given_by_set(kvrag):
+    values = {
+        name: setting["value"]
+        for name, setting in kvrag("config", "show", "--json").json.items()
+        if setting["value"] is not None
+    }
+    options = [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
+    shown = kvrag(*options, "config", "show", "--json").json
+    assert {name: shown[name]["value"] for name in values} == values
+    assert {shown[name]["source"] for name in values} == {"command line"}
+
+
+def test_the_last_and_the_narrower_option_hold(kvrag, monkeypatch):
+    monkeypatch.setenv("KVRAG_K", "1")
+    options = ["--threads", 3, "--set", "k=2", "--set", "k=5", "--set", "threads=2"]
+    shown = kvrag(*options, "--eval-data", "/data", "config", "show", "--json").json
+    assert (shown["k"]["value"], shown["threads"]["value"]) == (5, 3)
+    assert shown["eval_data"] == {"value": "/data", "source": "command line"}
+
+
 def test_a_settings_file_of_the_working_directory(kvrag):
     Path("kvrag.toml").write_text("k = 9\n")
     assert kvrag("config", "show", "--json").json["k"]["value"] == 9

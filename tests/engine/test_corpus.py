@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from kvrag import Engine, Settings
 from kvrag.errors import ClosedError, InputError
 from kvrag.retrieval import Document, Skipped
+from kvrag.retriever import KVRetriever
+from kvrag.store.errors import TierError
 from tests.tiny import make_tiny_embedder, make_tiny_model
 
 TEXTS = {
@@ -47,6 +50,17 @@ def opened(models, tmp_path):
         return Engine.open(Settings(model=str(models[model]), **(values | options)))
 
     return open_
+
+
+def files(tmp_path):
+    return sorted((tmp_path / "home" / "kv" / "blocks").rglob("*.kv"))
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)  # what is waited for happens in a thread of the engine's
+    assert condition()
 
 
 def ask(engine, **options):
@@ -157,12 +171,11 @@ def test_a_lost_or_damaged_corpus_block_is_computed_again(opened, tmp_path):
     with opened() as engine:
         engine.add(DOCUMENTS)
         expected = ask(engine, strategy="reuse").token_ids
-    files = sorted((tmp_path / "home" / "kv" / "blocks").rglob("*.kv"))
-    assert len(files) == 3
-    files[0].unlink()
-    content = bytearray(files[1].read_bytes())
+    lost, damaged, _ = files(tmp_path)
+    lost.unlink()
+    content = bytearray(damaged.read_bytes())
     content[-5000] ^= 4
-    files[1].write_bytes(content)
+    damaged.write_bytes(content)
     with opened() as engine:
         answer = ask(engine, k=3, strategy="reuse")
         assert sorted(s.tier for s in answer.sources) == ["computed", "computed", "disk"]
@@ -179,10 +192,7 @@ def test_handles_know_their_tier_load_ahead_and_release(opened):
         plain = engine.retrieve("lamp", k=2)
         assert [(i.handle.tier, i.handle.state) for i in plain] == [("disk", "stored")] * 2
         ahead = engine.retrieve("lamp", k=2, prefetch=True)
-        deadline = time.monotonic() + 20
-        while {i.handle.state for i in ahead} != {"loaded"} and time.monotonic() < deadline:
-            time.sleep(0.01)  # the prefetch runs in a thread of the engine's
-        assert {i.handle.state for i in ahead} == {"loaded"}
+        wait_until(lambda: {i.handle.state for i in ahead} == {"loaded"})
         assert engine.stats().open_blocks == 2
         assert {s.tier for s in ask(engine, k=2).sources} <= {"ram", "disk"}
         for item in ahead:
@@ -190,9 +200,150 @@ def test_handles_know_their_tier_load_ahead_and_release(opened):
             item.handle.cancel()
         assert {i.handle.state for i in ahead} == {"released"}
         assert engine.stats().open_blocks == 0
-        engine.retrieve("lamp", k=2, prefetch=True)
-    # Closing waits for what is being loaded and leaves no pin behind.
-    assert engine._closed
+        unread = engine.retrieve("lamp", k=2, prefetch=True)
+    # Closing leaves no pin behind.
+    assert {i.handle.state for i in unread} == {"released"}
+
+
+def test_a_prefetched_block_is_released_when_nobody_comes_for_it(opened):
+    """Expired handles kept their pins until the next retrieval."""
+    with opened() as engine:
+        engine.add(DOCUMENTS)
+        corpus, blocks, _ = engine._open_corpus()
+        retriever = KVRetriever(corpus, blocks, engine.store.locate, ttl_s=0.2)
+        found = retriever.retrieve("lamp", 2, prefetch=True)
+        wait_until(lambda: {i.handle.state for i in found} == {"released"})
+        wait_until(lambda: engine.stats().open_blocks == 0)
+        retriever.close()
+        with pytest.raises(ClosedError):
+            retriever.retrieve("lamp", 2, prefetch=True)
+
+
+def test_a_missing_block_is_missing_also_when_prefetched(opened, tmp_path):
+    with opened() as engine:
+        engine.add(DOCUMENTS)
+        for path in files(tmp_path):
+            path.unlink()
+        found = engine.retrieve("lamp", k=2, prefetch=True)
+        wait_until(lambda: {i.handle.state for i in found} == {"missing"})
+        assert {i.handle.tier for i in found} == {None}
+
+
+# ---- what the corpus refers to ---------------------------------------------------------------
+
+
+def test_blocks_that_a_question_had_to_compute_go_with_their_document(opened, tmp_path):
+    """They were protected without a reference: nothing ever deleted them."""
+    with opened() as engine:
+        engine.add(DOCUMENTS)
+    with opened("other") as engine:
+        ask(engine, k=3)
+        assert len(files(tmp_path)) == 6
+        assert engine.counts().blocks == 6
+        for document in engine.documents():
+            engine.delete(document.id)
+        assert files(tmp_path) == []
+
+
+def test_a_passage_that_becomes_a_document_is_protected(opened):
+    """Its block is stored already, so the job left it for eviction."""
+    with opened() as engine:
+        for title, text in TEXTS.items():
+            ask(engine, passages=[{"title": title, "text": text}])
+        assert engine.add(DOCUMENTS).chunks_stored_before == 3
+        size = engine.stats().tiers[1].nbytes
+    with opened(disk_bytes=int(size * 1.4)) as engine:
+        for n in range(6):
+            ask(engine, passages=[f"Passage {n} of no account."])
+        assert engine.complete().chunks_stored_before == 3
+
+
+def test_blocks_of_another_process_are_protected(opened, tmp_path):
+    """A server protected what the corpus referred to when it was opened, and nothing later."""
+    with opened() as first:
+        first.add(DOCUMENTS[:1])
+        size = first.stats().tiers[1].nbytes
+        with opened(disk_bytes=4 * size) as server, opened() as job:
+            server.add([])
+            job.add(DOCUMENTS)
+            for n in range(8):
+                ask(server, passages=[f"Passage {n} of no account."])
+            assert job.complete().chunks_stored_before == 3
+
+
+def test_adding_and_deleting_the_same_words_at_once_loses_nothing(opened, tmp_path):
+    """A block was deleted between the reference of a twin and the delete of the first."""
+    twins = [Document("The same words." + " " * n, source=str(n)) for n in range(2)]
+    with opened() as engine:
+        engine.add(DOCUMENTS)
+
+        def churn(document):
+            for _ in range(15):
+                engine.add([document])
+                engine.delete(document.id)
+            engine.add([document])
+
+        with ThreadPoolExecutor(2) as pool:
+            for future in [pool.submit(churn, twin) for twin in twins]:
+                future.result()
+        assert len(files(tmp_path)) == 4
+        assert engine.complete().chunks_stored_before == 5
+
+
+def test_an_outage_while_deleting_is_no_error(opened, monkeypatch, tmp_path):
+    with opened() as engine:
+        engine.add(DOCUMENTS)
+
+        def fail(key):
+            raise TierError("disk", "gone")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.store, "delete", fail)
+            assert engine.delete(DOCUMENTS[0].id)
+        assert engine.document(DOCUMENTS[0].id) is None
+
+
+def test_looking_does_not_fix_the_corpus_prefix(opened):
+    """Listing an empty corpus wrote the instruction of whoever looked first."""
+    with opened(instruction="The wrong one.") as engine:
+        assert engine.documents() == []
+        with pytest.raises(InputError):
+            ask(engine)
+    with opened(instruction="The right one.") as engine:
+        engine.add(DOCUMENTS)
+        assert ask(engine).report.prefix_match
+
+
+def test_two_namespaces_share_a_home_and_nothing_else(opened, tmp_path):
+    with opened(namespace="a") as a, opened(namespace="b") as b:
+        a.add(DOCUMENTS)
+        assert b.documents() == []
+        assert b.counts().documents == 0
+        assert b.document(DOCUMENTS[0].id) is None
+        assert not b.delete(DOCUMENTS[0].id)
+        with pytest.raises(InputError, match="empty"):
+            b.retrieve("lamp")
+        assert b.add(DOCUMENTS).chunks_stored_before == 0
+        assert len(files(tmp_path)) == 6
+        for document in b.documents():
+            b.delete(document.id)
+        assert a.complete().chunks_stored_before == 3
+        assert [s.tier for s in ask(a, k=3).sources] == ["disk"] * 3
+
+
+def test_closing_under_a_job_is_said(opened):
+    engine = opened()
+
+    def close(progress):
+        engine.close()
+
+    with pytest.raises(ClosedError):
+        engine.add(DOCUMENTS, close)
+
+
+def test_home_is_for_its_owner_alone(opened, tmp_path):
+    with opened():
+        assert (tmp_path / "home").stat().st_mode & 0o077 == 0
 
 
 def test_skipped_files_are_carried_through(opened):

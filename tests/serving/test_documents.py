@@ -52,6 +52,15 @@ def test_adding_the_same_twice_changes_nothing(url):
     assert httpx.get(f"{url}/v1/documents").json() == before
 
 
+def test_a_report_counts_the_documents_of_its_request(url):
+    first = {"documents": [{"text": f"Lamp number {i}."} for i in range(3)]}
+    httpx.post(f"{url}/v1/documents", json=first)
+    content = httpx.post(f"{url}/v1/documents", json=KARSK).json()
+    report = content["report"]
+    assert content["chunks"] == 1
+    assert (report["chunks_computed"], report["chunks_stored_before"]) == (1, 0)
+
+
 def test_pages(url):
     documents = [{"text": f"Lamp number {i}."} for i in range(5)]
     ids = httpx.post(f"{url}/v1/documents", json={"documents": documents}).json()["ids"]

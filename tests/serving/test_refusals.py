@@ -239,6 +239,44 @@ def test_wrong_methods(client, method, path, allowed):
     assert allowed in response.headers["allow"]
 
 
+@pytest.mark.parametrize(
+    "host",
+    [
+        "example.org",
+        "example.org:{port}",
+        "localhost.example.org",
+        "127.0.0.1.example.org:{port}",
+        "192.168.1.7",
+        "0.0.0.0",
+        "[::]",
+        "[::1",
+        "::1",
+        "[127.0.0.1]",
+        "[localhost]",
+        "localhost:x",
+        "user@localhost",
+        "",
+    ],
+)
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/health"), ("POST", QUERY), ("GET", "/docs"), ("GET", "/x")]
+)
+def test_foreign_hosts(client, host, method, path):
+    """A page may give its own name our address (DNS rebinding); its name is then the host."""
+    host = host.format(port=client.base_url.port)
+    response = client.request(method, path, headers=JSON | {"host": host})
+    error = refused(response, 400)
+    assert (error["code"], error["type"]) == ("foreign_host", "invalid_request_error")
+    assert repr(host) in error["message"]
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "LocalHost", "[::1]", "127.0.0.2"])
+@pytest.mark.parametrize("port", ["", ":{port}", ":1"])
+def test_hosts_of_this_machine(client, name, port):
+    host = name + port.format(port=client.base_url.port)
+    assert client.get("/health", headers={"host": host}).status_code == 200
+
+
 @pytest.mark.parametrize("document_id", ["x", "0" * 32, "%00", "%ff", "'; DROP", "x" * 5000])
 def test_absent_documents(client, document_id):
     for method in (client.get, client.delete):
