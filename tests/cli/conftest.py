@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -78,7 +80,9 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     """The real command in a process of its own, with this process's environment."""
     command = [str(Path(sys.executable).with_name("kvrag")), *map(str, arguments)]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, **(pipes | options))
+    # A test run in the background ignores SIGINT, and its children would, too.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, text=True, preexec_fn=listen, **(pipes | options))
 
 
 def execute(*arguments: object, **options: Any) -> Result:

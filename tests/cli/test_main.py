@@ -185,7 +185,7 @@ def test_a_reader_that_goes_away_is_no_error(environment):
 
 def test_interrupt_is_quiet(environment):
     process = start("ask", "-", stdin=subprocess.PIPE)
-    time.sleep(1.5)  # by then it waits for the question
+    time.sleep(3)  # by then it waits for the question
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "")
