@@ -162,7 +162,7 @@ class Engine:
 
         Input is checked, and chunks are retrieved, before this returns.
         """
-        params = _generation_params(generation)
+        params = GenerationParams.of(generation)
         plan = self._strategy(strategy, ratio)
         context = self._context(question, passages, k, params.max_tokens)
         return AnswerStream(self.model, context, plan, params, self._unless_closed(cancelled))
@@ -471,17 +471,3 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as exc:
         raise SettingsError(f"setting 'device' is {name!r}: {exc}") from exc
     return device
-
-
-def _generation_params(options: dict[str, Any]) -> GenerationParams:
-    known = GenerationParams.__dataclass_fields__
-    if unknown := options.keys() - known.keys():
-        raise InputError(
-            f"unknown option {min(unknown)!r}; generation options are {', '.join(known)}"
-        )
-    stop = options.get("stop", ())
-    if isinstance(stop, str):
-        stop = (stop,)
-    elif stop is None or isinstance(stop, list):
-        stop = tuple(stop or ())
-    return GenerationParams(**options | {"stop": stop})

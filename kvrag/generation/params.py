@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 from kvrag.errors import InputError
 
@@ -33,6 +34,25 @@ class GenerationParams:
     top_k: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Self:
+        """From options by name; `stop` may be one text, a list or None.
+
+        Raises:
+            InputError: also for an unknown option.
+        """
+        known = cls.__dataclass_fields__
+        if unknown := options.keys() - known.keys():
+            raise InputError(
+                f"unknown option {min(unknown)!r}; generation options are {', '.join(known)}"
+            )
+        stop = options.get("stop", ())
+        if isinstance(stop, str):
+            stop = (stop,)
+        elif stop is None or isinstance(stop, list):
+            stop = tuple(stop or ())
+        return cls(**{**options, "stop": stop})
 
     def __post_init__(self) -> None:
         _whole("max_tokens", self.max_tokens, 1)
