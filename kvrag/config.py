@@ -22,7 +22,7 @@ from pydantic_settings import (
 
 from kvrag.errors import SettingsError
 
-__all__ = ["DEFAULT_INSTRUCTION", "Settings"]
+__all__ = ["DEFAULT_INSTRUCTION", "Settings", "value_from_text"]
 
 DEFAULT_INSTRUCTION = "You answer questions from the passages that the user gives. Answer briefly."
 
@@ -141,6 +141,18 @@ class Settings(BaseSettings):
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as exc:
             raise SettingsError(f"settings file {path} cannot be read as TOML: {exc}") from exc
         return init_settings, env_settings, toml
+
+
+def value_from_text(text: str) -> Any:
+    """A setting's value as a settings file would have it; text that is no TOML stays text."""
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    # A line break in the value could begin further entries. Dates are no setting's type, so a text
+    # that reads like one is meant.
+    plain = len(table) == 1 and isinstance(table["value"], str | int | float | list | dict)
+    return table["value"] if plain else text
 
 
 def _refuse_unknown_variables(fields: dict[str, Any]) -> None:

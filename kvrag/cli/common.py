@@ -75,19 +75,12 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
     Raises typer.BadParameter.
     """
-    import tomllib
+    from kvrag.config import value_from_text
 
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise typer.BadParameter(f"{text!r} is not of the form name=value", param_hint="--set")
-    try:
-        table = tomllib.loads(f"value = {value}")
-    except ValueError:
-        return name.strip(), value
-    # A line break in the value could begin further entries. Dates are no setting's type, so a text
-    # that reads like one is meant.
-    plain = len(table) == 1 and isinstance(table["value"], str | int | float | list | dict)
-    return name.strip(), table["value"] if plain else value
+    return name.strip(), value_from_text(value)
 
 
 def print_json(value: Any) -> None:
