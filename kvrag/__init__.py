@@ -2,7 +2,7 @@
 
     from kvrag import Engine, Settings
 
-    with Engine.open(Settings(model="smollm2-135m", home="~/kvrag")) as engine:
+    with Engine.open(Settings(model="smollm2-135m", home="~/kvrag-home")) as engine:
         print(engine.answer("Who keeps the lamp?", passages=["Anna keeps the lamp."]).text)
 
 The names of `__all__` are the public face; everything else may move between releases. They are

@@ -1,6 +1,6 @@
 """The engine: the only place that wires rooms together.
 
-    with Engine.open(Settings(model="smollm2-135m", home="~/kvrag")) as engine:
+    with Engine.open(Settings(model="smollm2-135m", home="~/kvrag-home")) as engine:
         engine.add([Document("Anna keeps the lamp of Karsk.", title="Karsk")])
         print(engine.answer("Who keeps the lamp?").text)
 

@@ -146,14 +146,15 @@ def _question(argument: str) -> str:
 
 def _show_sources(sources: Sequence[Source]) -> None:
     table = plain_table(title="Sources")
-    for name, width in (("id", 4), ("title", 0), ("document", 32), ("score", 5), ("tier", 4)):
+    # All but the text keep their width in a terminal of 80 columns; --json has ids and texts whole.
+    for name, width in (("id", 4), ("title", 20), ("document", 9), ("score", 5), ("tier", 4)):
         table.add_column(name, no_wrap=True, min_width=width)
     table.add_column("text", no_wrap=True)
     for source in sources:
         table.add_row(
             source.id,
-            shorten(one_line(source.title), width=32, placeholder="…"),
-            source.document or "",
+            shorten(one_line(source.title), width=20, placeholder="…"),
+            f"{source.document[:8]}…" if source.document else "",
             "" if source.score is None else f"{source.score:.3f}",
             source.tier,
             shorten(one_line(source.text), width=60, placeholder="…"),
