@@ -111,9 +111,6 @@ class Corpus:
     def documents(self, limit: int, offset: int) -> list[StoredDocument]:
         return self._catalog.documents(self._namespace, limit, offset)
 
-    def document_chunks(self, document_id: str) -> Sequence[int]:
-        return self._catalog.document_chunks(self._namespace, document_id)
-
     def save(self) -> None:
         """Write the vector index, if it was opened; it can always be rebuilt."""
         with self._lock:

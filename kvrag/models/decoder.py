@@ -201,7 +201,7 @@ class Decoder:
         }
 
     def info(self) -> dict[str, Any]:
-        """Numbers for people: family, layers, parameters and bytes of KV a token."""
+        """Numbers for people: family, layers, heads, positions and bytes of KV a token."""
         c = self.config
         return {
             "family": c.family,
