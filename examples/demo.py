@@ -1,6 +1,6 @@
 """Precompute the sample corpus, ask it under full prefill and under the blend, compare.
 
-    make demo
+    make demo [MODEL=gemma3-270m]
 
 Everything goes through the public face; the home folder is kept, so that a second run shows that
 nothing is computed twice.
@@ -33,8 +33,8 @@ def main() -> None:
     with Engine.open(settings) as engine:
         precompute(engine, console)
         console.print(
-            "A model of 135 million parameters often misreads what it is given, under full prefill "
-            "too:\ncompare the strategies with one another first, then with the expected answer.\n"
+            "A model this small often misreads what it is given, under full prefill too: compare\n"
+            "the strategies with one another first, then with the expected answer.\n"
         )
         questions = [json.loads(line) for line in (HERE / "questions.jsonl").open()]
         rows = [

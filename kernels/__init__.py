@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .attention import attention
+from .int8 import Int8Decoding
 from .linear import Linear, linear
 from .precision import compute_dtype
 
-__all__ = ["Linear", "attention", "compute_dtype", "linear"]
+__all__ = ["Int8Decoding", "Linear", "attention", "compute_dtype", "linear"]

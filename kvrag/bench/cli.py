@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from kvrag.bench import fidelity, ttft
+from kvrag.bench import fidelity, layers, ttft
 from kvrag.config import Settings
 from kvrag.engine import Engine
 from kvrag.errors import InputError
@@ -83,6 +83,24 @@ def fidelity_command(
     with _engine(context) as engine:
         for name in data:
             fidelity.run(engine, _data_path(engine.settings, name), options)
+
+
+@app.command("layers")
+def layers_command(
+    context: typer.Context,
+    data: Annotated[
+        list[str], typer.Argument(help="Names in the eval_data folder (xquad5), or .jsonl files.")
+    ],
+    items: Annotated[int, typer.Option(min=2, help="Items drawn from each.")] = 30,
+    half: Annotated[Half, typer.Option(help="Which half: tune on even, report odd.")] = Half.odd,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens compared.")] = 32,
+    seed: Annotated[int, typer.Option(help="Draws the items.")] = 0,
+) -> None:
+    """How stale stored KV is in each layer, and what mending each kind of layer would bring."""
+    options = fidelity.FidelityOptions(items, half.value, (), new_tokens, seed)
+    with _engine(context) as engine:
+        for name in data:
+            layers.run(engine, _data_path(engine.settings, name), options)
 
 
 def _data_path(settings: Settings, name: str) -> Path:

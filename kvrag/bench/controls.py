@@ -11,7 +11,7 @@ from torch import Tensor
 from kvrag.fusion.cacheblend import CacheBlend
 from kvrag.fusion.layerwise import LayerState
 
-__all__ = ["RandomBlend"]
+__all__ = ["NearestBlend", "RandomBlend"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,3 +24,13 @@ class RandomBlend(CacheBlend):
         # Seeded by the layer: a run can be repeated, and layers draw independently.
         generator = torch.Generator().manual_seed(state.index)
         return torch.rand(len(state.positions), generator=generator)
+
+
+@dataclass(frozen=True, slots=True)
+class NearestBlend(CacheBlend):
+    """CacheBlend's schedule with the rows nearest to the question: what windows see."""
+
+    name: ClassVar[str] = "nearest"
+
+    def scores(self, state: LayerState) -> Tensor:
+        return state.positions

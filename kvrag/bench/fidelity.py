@@ -19,16 +19,25 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from kvrag.bench.controls import RandomBlend
+from kvrag.bench.controls import NearestBlend, RandomBlend
 from kvrag.bench.frame import show
 from kvrag.engine import Engine
 from kvrag.errors import InputError
 from kvrag.fusion import FusionStrategy, create
 from kvrag.generation.decode import decode
 from kvrag.generation.params import GenerationParams
+from kvrag.models.source import Model
 from kvrag.prefill import Prefilled
 
-__all__ = ["FidelityOptions", "Item", "load_items", "run"]
+__all__ = [
+    "FidelityOptions",
+    "Item",
+    "greedy_answer",
+    "interval",
+    "load_items",
+    "run",
+    "shown",
+]
 
 METRICS = ("kl", "kl_first", "nll", "nll_difference", "nll_abs_difference")
 _RESAMPLES = 2000
@@ -98,10 +107,10 @@ def run(engine: Engine, path: Path, options: FidelityOptions) -> dict[str, Any]:
                 scores[name][metric].append(value)
     groups = [item.group for item in items]
     summary = {
-        name: {m: _interval(values, groups) for m, values in by_metric.items()}
+        name: {m: interval(values, groups) for m, values in by_metric.items()}
         for name, by_metric in scores.items()
     }
-    full_interval = _interval(full_nll, groups)
+    full_interval = interval(full_nll, groups)
     result = {
         "benchmark": "fidelity",
         "data": path.stem,
@@ -116,13 +125,23 @@ def run(engine: Engine, path: Path, options: FidelityOptions) -> dict[str, Any]:
         "model": engine.settings.model,
     }
     rows = [
-        (name, f"{np.mean(ratios[name]):.3f}", *(_shown(by[metric]) for metric in METRICS))
+        (name, f"{np.mean(ratios[name]):.3f}", *(shown(by[metric]) for metric in METRICS))
         for name, by in summary.items()
     ]
     columns = ("strategy", "rows", "KL", "KL first", "NLL", "ΔNLL", "|ΔNLL|")
-    title = f"{path.stem}: {len(items)} items, full prefill's NLL {_shown(full_interval)}"
+    title = f"{path.stem}: {len(items)} items, full prefill's NLL {shown(full_interval)}"
     show(title, columns, rows, result)
     return result
+
+
+def greedy_answer(model: Model, prefilled: Prefilled, new_tokens: int) -> list[int]:
+    """The greedy continuation, at least one token; the cache is left as it was."""
+    params = GenerationParams(max_tokens=new_tokens)
+    steps = decode(model, prefilled.cache, prefilled.logits, params)
+    greedy = [step.token_id for step in steps if step.token_id is not None]
+    prefilled.cache.truncate(prefilled.prompt.length)
+    # An answer that ends at once still has its first distribution to compare.
+    return greedy or [int(prefilled.logits.argmax())]
 
 
 class _Full:
@@ -130,17 +149,13 @@ class _Full:
 
     def __init__(self, engine: Engine, item: Item, new_tokens: int) -> None:
         self._engine, self._item, self._new_tokens = engine, item, new_tokens
-        self._gold = engine.model.tokenizer.encode(item.answer)
+        tokenizer = engine.model.tokenizer
+        # Behind "Answer:" a model without a chat template goes on with a space.
+        self._gold = tokenizer.encode(f"{'' if tokenizer.has_chat_template else ' '}{item.answer}")
         # The blocks are computed here, so that no strategy's effective ratio is charged for them.
         self._prefill(create("reuse"))
         prefilled = self._prefill(create("full"))
-        length = prefilled.cache.length
-        params = GenerationParams(max_tokens=new_tokens)
-        steps = decode(engine.model, prefilled.cache, prefilled.logits, params)
-        greedy = [step.token_id for step in steps if step.token_id is not None]
-        prefilled.cache.truncate(length)
-        # An answer that ends at once still has its first distribution to compare.
-        self._greedy = greedy or [int(prefilled.logits.argmax())]
+        self._greedy = greedy_answer(engine.model, prefilled, new_tokens)
         self._logprobs = engine.continuation_logprobs(prefilled, self._greedy)
         self.nll = self._nll(prefilled)
         self.context_tokens = prefilled.tokens.prompt
@@ -179,6 +194,7 @@ def _strategies(options: FidelityOptions) -> dict[str, FusionStrategy]:
     made: dict[str, FusionStrategy] = {"reuse": create("reuse")}
     for ratio in options.ratios:
         made[f"random {ratio:g}"] = RandomBlend(ratio=ratio)
+        made[f"nearest {ratio:g}"] = NearestBlend(ratio=ratio)
         made[f"cacheblend {ratio:g}"] = create("cacheblend", ratio)
     return made
 
@@ -193,7 +209,7 @@ def _item(index: int, line: dict[str, Any]) -> Item:
     )
 
 
-def _interval(values: Sequence[float], groups: Sequence[str]) -> dict[str, float]:
+def interval(values: Sequence[float], groups: Sequence[str]) -> dict[str, float]:
     """Mean with a 95 % percentile bootstrap over groups."""
     by_group: dict[str, list[float]] = {}
     for value, group in zip(values, groups, strict=True):
@@ -206,5 +222,6 @@ def _interval(values: Sequence[float], groups: Sequence[str]) -> dict[str, float
     return {"mean": float(np.mean(values)), "low": float(low), "high": float(high)}
 
 
-def _shown(interval: dict[str, float]) -> str:
-    return f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+def shown(mean: dict[str, float]) -> str:
+    """`mean [low, high]` for a table."""
+    return f"{mean['mean']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]"

@@ -87,6 +87,7 @@ def run(engine: Engine, options: TtftOptions) -> dict[str, Any]:
         "dtype": engine.settings.dtype,
         "compute_dtype": str(engine.model.decoder.compute_dtype).removeprefix("torch."),
         "baseline_dtype": baseline.dtype_name if baseline else None,
+        "decode_weights": engine.settings.decode_weights,
         "codec": engine.settings.codec,
         "cache_state": "+".join(sorted(tiers)),
         "requested_ratio": options.ratio,

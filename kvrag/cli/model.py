@@ -11,6 +11,14 @@ from kvrag.cli.common import JsonOption, format_bytes, plain_table, print_json, 
 
 __all__ = ["app"]
 
+#: Facts that people find in the sentences on others.
+_SAID = (
+    "stored_bytes",
+    "window_kv_bytes_per_token",
+    "global_layers",
+    "layers_without_rope",
+)
+
 app = typer.Typer(
     help="Install, list and describe models.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -63,25 +71,32 @@ def list_models(as_json: JsonOption = False) -> None:
 def info(
     context: typer.Context,
     model: Annotated[
-        str | None, typer.Argument(help="Name, folder or .gguf file; default: the setting.")
+        str | None, typer.Argument(help="Name, folder, hub id or .gguf file; default: the setting.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Open a model and describe it.
 
-    A packaged or GGUF model is converted on first use.
+    A packaged or GGUF model is converted, and one of a hub downloaded, on first use.
     """
     settings = settings_of(context, model=model)
     import torch
 
+    from kvrag.models.describe import describe, sentences
     from kvrag.models.source import open_model
     from kvrag.models.weights import Weights
 
-    opened = open_model(settings.model, settings.models_dir, dtype=getattr(torch, settings.dtype))
+    dtype = getattr(torch, settings.dtype)
+    opened = open_model(
+        settings.model, settings.models_dir, dtype=dtype, context_length=settings.context_length
+    )
+    weights = Weights(opened.folder)
     facts: dict[str, Any] = {
         "model": settings.model,
-        **opened.decoder.info(),
-        "parameters": sum(tensor.numel() for tensor in Weights(opened.folder).values()),
+        "parameters": weights.num_parameters,
+        "stored_bytes": weights.nbytes,
+        **describe(opened.decoder.config, kv_itemsize=dtype.itemsize),
+        "chat_template": opened.tokenizer.has_chat_template,
         "dtype": settings.dtype,
         "compute_dtype": str(opened.decoder.compute_dtype).removeprefix("torch."),
         "fingerprint": opened.fingerprint,
@@ -91,7 +106,24 @@ def info(
         print_json(facts)
         return
     table = plain_table("what", "value")
-    for name, value in facts.items():
-        shown = format_bytes(value) if name == "kv_bytes_per_token" else str(value)
-        table.add_row(name, f"{value:,}" if name == "parameters" else shown)
+    for name, value in _readable(facts, sentences(facts)).items():
+        table.add_row(name.replace("_", " "), value)
     show(table)
+
+
+def _readable(facts: dict[str, Any], said: dict[str, str]) -> dict[str, str]:
+    """The facts as one text each; what needs more than a number is said in words."""
+    shown = {
+        name: ("no", "yes")[value] if isinstance(value, bool) else str(value)
+        for name, value in facts.items()
+    }
+    shown["parameters"] = (
+        f"{facts['parameters']:,} (stored in {format_bytes(facts['stored_bytes'])})"
+    )
+    kv = format_bytes(facts["kv_bytes_per_token"])
+    if within := facts["window_kv_bytes_per_token"]:
+        kv += f", of which {format_bytes(within)} in layers that use it within their window alone"
+    shown |= {"kv_bytes_per_token": kv} | said
+    for name in _SAID:
+        del shown[name]
+    return shown

@@ -37,9 +37,10 @@ class LayerStream(Protocol):
     """Stored K and V of a prompt's chunks, layer by layer, in order, each layer once."""
 
     def next_layer(self) -> Sequence[tuple[Tensor, Tensor]]:
-        """Un-rotated K and V (kv_heads, tokens, head_dim) of every chunk; read-only.
+        """Un-rotated K and V (kv_heads, tokens, head_dim) of the chunks; read-only.
 
-        Waits until the layer is loaded and verified.
+        Of each layer only the chunks from `FusionStrategy.first_chunks` on. Waits until the layer
+        is loaded and verified.
         """
         ...
 
@@ -102,6 +103,14 @@ class FusionStrategy(ABC):
         number = isinstance(self.ratio, int | float) and not isinstance(self.ratio, bool)
         if not number or not 0.0 <= self.ratio <= 1.0:
             raise InputError(f"ratio is {self.ratio!r}; it must lie between 0 and 1")
+
+    @abstractmethod
+    def first_chunks(self, decoder: Decoder, prompt: Prompt) -> list[int]:
+        """For each layer the index of the first chunk whose stored KV the run will ask for.
+
+        Chunks before it lie outside the layer's window for every row that may be computed: they
+        are not loaded there.
+        """
 
     @abstractmethod
     def start(

@@ -3,12 +3,15 @@
 Rows are computed positions: some of the context, then the whole question. In each layer the
 stored K is rotated to its place and put into the cache, the rows are projected, a strategy may
 narrow the context rows, fresh K and V overwrite the stored, and only the rows that stay go on.
-A row's queries see every cached key at or before its position, computed or stored.
+A row's queries see every cached key that the layer's mask allows, computed or stored. Where a
+layer has a window, chunks that no present row sees stay out of the cache, whose positions are
+undefined there: rows only become fewer, so no later row of the layer sees them either.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +68,11 @@ class LayerwiseStrategy(FusionStrategy):
         """
         return None
 
+    def first_chunks(self, decoder: Decoder, prompt: Prompt) -> list[int]:
+        first = self.first_row(prompt)
+        ends = [span.end for span in prompt.chunks]
+        return [bisect_right(ends, layer.first_visible(first)) for layer in decoder.layers]
+
     def start(
         self, decoder: Decoder, prompt: Prompt, layers: LayerStream, cache: KVCache
     ) -> LayerwiseRun:
@@ -86,6 +94,7 @@ class LayerwiseRun(FusionRun):
         self._strategy, self._decoder, self._prompt = strategy, decoder, prompt
         self._layers, self._cache = layers, cache
         first = strategy.first_row(prompt)
+        self._first_chunks = strategy.first_chunks(decoder, prompt)
         token_ids = torch.tensor(prompt.token_ids[first:], device=decoder.device)
         self._positions = torch.arange(first, prompt.length, device=decoder.device)
         self._selectable = prompt.question_start - first
@@ -139,7 +148,13 @@ class LayerwiseRun(FusionRun):
     def _pull(self, index: int) -> None:
         """Stored K and V of one layer into the cache, K rotated to its place."""
         layer = self._decoder.layers[index]
-        for span, (k, v) in zip(self._prompt.chunks, self._layers.next_layer(), strict=True):
+        rows = self._positions.tolist()
+        spans = self._prompt.chunks[self._first_chunks[index] :]
+        for span, (k, v) in zip(spans, self._layers.next_layer(), strict=True):
+            # The first row that does not stand before the chunk sees most of it.
+            row = rows[bisect_left(rows, span.start)]
+            if layer.first_visible(row) >= span.end:
+                continue
             positions = torch.arange(span.start, span.end, device=self._decoder.device)
             k = k.to(self._decoder.device, self._decoder.compute_dtype)
             self._cache.write(index, slice(span.start, span.end), layer.rotate(k, positions), v)

@@ -30,6 +30,8 @@ class BlockStream:
         readers: one a chunk, open; None for a chunk that no tier has. The stream closes them.
         codec: decodes the readers' segments.
         recompute: makes all layers of chunk i.
+        first_chunks: for each layer the first chunk that is wanted, see
+            `FusionStrategy.first_chunks`; those before it are not read.
 
     Loading begins at once. `computed` holds the indices of the chunks that were not loaded;
     `load_s` is how long the reader thread read, verified and decoded; `stall_s` how long the
@@ -41,12 +43,12 @@ class BlockStream:
         readers: Sequence[BlockReader | None],
         codec: Codec,
         recompute: Callable[[int], Sequence[LayerKV]],
-        num_layers: int,
+        first_chunks: Sequence[int],
     ) -> None:
         self._readers = {i: reader for i, reader in enumerate(readers) if reader is not None}
         self._memory: dict[int, Sequence[LayerKV]] = {}
         self._count = len(readers)
-        self._codec, self._recompute, self._num_layers = codec, recompute, num_layers
+        self._codec, self._recompute, self._first_chunks = codec, recompute, first_chunks
         self.load_s = self.stall_s = 0.0
         self._error: BaseException | None = None
         self._next = 0
@@ -72,7 +74,7 @@ class BlockStream:
 
     def next_layer(self) -> list[LayerKV]:
         index, self._next = self._next, self._next + 1
-        if self._closed.is_set() or index >= self._num_layers:
+        if self._closed.is_set() or index >= len(self._first_chunks):
             raise RuntimeError(f"layer {index} asked of a stream that is closed or at its end")
         if self._error is not None:
             raise self._error
@@ -89,7 +91,8 @@ class BlockStream:
         for chunk in (*failed, *self.holes):
             if chunk not in self._memory:
                 self.compute(chunk)
-        return [self._kv(chunk, index, loaded) for chunk in range(self._count)]
+        wanted = range(self._first_chunks[index], self._count)
+        return [self._kv(chunk, index, loaded) for chunk in wanted]
 
     def close(self) -> None:
         self._closed.set()
@@ -114,13 +117,13 @@ class BlockStream:
 
     def _read(self) -> None:
         try:
-            for index in range(self._num_layers):
+            for index, first in enumerate(self._first_chunks):
                 begun = time.perf_counter()
                 layer: dict[int, LayerKV | StoreError] = {}
                 for chunk, reader in self._readers.items():
                     if self._closed.is_set():
                         return
-                    if chunk in self._memory:
+                    if chunk < first or chunk in self._memory:
                         continue
                     try:
                         (segment,) = reader.read(index, index + 1)

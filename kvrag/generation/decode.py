@@ -62,4 +62,4 @@ def decode(
         if cancelled():
             yield Token(None, stops.flush(), "cancelled")
             return
-        logits = extend(model.decoder, [token_id], cache)
+        logits = extend(model.decoder.stepping, [token_id], cache)

@@ -1,44 +1,36 @@
-"""What a decoder needs to know of a model: one dataclass, filled from a Hugging Face config.
-
-Families differ by configuration, not by subclass. What is not in the tables below is refused by
-name, because a model that is nearly right answers wrongly without an error.
-"""
+"""What a decoder needs to know of a model: one dataclass, filled from a Hugging Face config."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from kvrag.errors import UnsupportedModelError
+from kvrag.errors import ModelError, UnsupportedModelError
+from kvrag.models.config_values import object_of, positive, size, token_id_list
+from kvrag.models.families import FAMILIES, FULL, SLIDING, Family, Norms, family_of
+from kvrag.models.rope_config import RopeConfig, read_rope
 
-__all__ = ["FAMILIES", "LayerConfig", "ModelConfig", "RopeConfig"]
+__all__ = [
+    "ACTIVATIONS",
+    "FAMILIES",
+    "LayerConfig",
+    "ModelConfig",
+    "RopeConfig",
+    "token_id_list",
+]
 
-#: Supported `model_type`s.
-FAMILIES = ("llama", "qwen2", "qwen3")
-ROPE_TYPES = ("default", "llama3")
-
-
-@dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary position embedding of one layer, a pure function of the position.
-
-    `factor`, `low_freq_factor`, `high_freq_factor` and `original_max_positions` belong to
-    `llama3` and are ignored by `default`.
-    """
-
-    kind: str
-    theta: float
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 0
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
 @dataclass(frozen=True, slots=True)
 class LayerConfig:
-    """What may differ from layer to layer; fusion and kernels ask the layer, never the family."""
+    """What may differ from layer to layer; fusion and kernels ask the layer, never the family.
+
+    rope: None where K and Q carry no position. window: a row sees this many positions up to its
+    own; None for all.
+    """
 
     rope: RopeConfig | None
     window: int | None = None
@@ -46,7 +38,11 @@ class LayerConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Shape and options of a decoder-only transformer with GQA and a gated SiLU MLP."""
+    """Shape and options of a decoder-only transformer with GQA and a gated MLP.
+
+    attention_scale multiplies the scores, embedding_scale the embeddings, residual_scale what
+    attention and MLP add; logits_scaling divides the logits.
+    """
 
     family: str
     hidden_size: int
@@ -56,12 +52,20 @@ class ModelConfig:
     mlp_size: int
     vocab_size: int
     max_positions: int
+    norms: Norms
     norm_eps: float
+    norm_offset: float
+    qk_norm: Literal["head", "all_heads"] | None
+    activation: str
     tied_embeddings: bool
+    fused_weights: bool
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
-    qk_norm: bool
+    attention_scale: float
+    embedding_scale: float
+    residual_scale: float
+    logits_scaling: float
     layers: tuple[LayerConfig, ...]
     eos_token_ids: tuple[int, ...]
 
@@ -75,118 +79,171 @@ class ModelConfig:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
+    def from_hf(
+        cls, config: Mapping[str, Any], *, context_length: int | None = None
+    ) -> ModelConfig:
         """Read a Hugging Face `config.json`.
+
+        Args:
+            context_length: most positions that a prompt and its answer may take together; None
+                for all that the model has.
 
         Raises:
             UnsupportedModelError: family, RoPE variant, activation or option not implemented, or
                 a number is missing or impossible; the message names it.
+            ModelError: `context_length` is not within what the model has.
         """
-        family = config.get("model_type")
-        if family not in FAMILIES:
-            raise UnsupportedModelError(
-                f"model family {family!r} is not supported; supported are {', '.join(FAMILIES)}"
-            )
-        activation = config.get("hidden_act", "silu")
-        if activation != "silu":
-            raise UnsupportedModelError(f"activation {activation!r} is not supported, only 'silu'")
-        if config.get("quantization_config"):
-            raise UnsupportedModelError(
-                "quantised Hugging Face weights are not supported; use the unquantised folder or "
-                "a GGUF file"
-            )
-        hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
-        kv_heads = _size(config, "num_key_value_heads", heads)
+        name = config.get("model_type")
+        family = family_of(name)
+        config = {**family.defaults, **_text_part(config)}
+        _refuse_options(config)
+        hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
+        kv_heads = size(config, "num_key_value_heads", heads)
         if heads % kv_heads:
             raise UnsupportedModelError(
                 f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
             )
-        head_dim = _size(config, "head_dim", hidden // heads)
+        head_dim = size(config, "head_dim", hidden // heads)
         if head_dim % 2:
             raise UnsupportedModelError(f"head_dim {head_dim} is odd; RoPE turns pairs")
-        num_layers = _size(config, "num_hidden_layers")
-        if config.get("use_sliding_window") or "sliding_attention" in (
-            config.get("layer_types") or ()
-        ):
-            raise UnsupportedModelError(f"sliding-window attention of {family} is not supported")
         attention_bias = bool(config.get("attention_bias", False))
-        layer = LayerConfig(rope=_rope(config))
+        max_positions = size(config, "max_position_embeddings")
+        if context_length is not None:
+            if not 1 <= context_length <= max_positions:
+                raise ModelError(
+                    f"context_length is {context_length}; the model has {max_positions} positions"
+                )
+            max_positions = context_length
         return cls(
-            family=family,
+            family=str(name),
             hidden_size=hidden,
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            mlp_size=_size(config, "intermediate_size"),
-            vocab_size=_size(config, "vocab_size"),
-            max_positions=_size(config, "max_position_embeddings"),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            mlp_size=size(config, "intermediate_size"),
+            vocab_size=size(config, "vocab_size"),
+            max_positions=max_positions,
+            norms=family.norms,
+            norm_eps=positive(config, "rms_norm_eps", 1e-6),
+            norm_offset=family.norm_offset,
+            qk_norm=family.qk_norm,
+            activation=_activation(config),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=True if family == "qwen2" else attention_bias,
-            output_bias=False if family == "qwen2" else attention_bias,
-            mlp_bias=bool(config.get("mlp_bias", False)) if family == "llama" else False,
-            qk_norm=family == "qwen3",
-            layers=(layer,) * num_layers,
+            fused_weights=family.fused_weights,
+            qkv_bias=family.attention_bias == "qkv"
+            or (family.attention_bias == "config" and attention_bias),
+            output_bias=family.attention_bias == "config" and attention_bias,
+            mlp_bias=family.mlp_bias and bool(config.get("mlp_bias", False)),
+            attention_scale=_attention_scale(family, config, head_dim),
+            embedding_scale=_embedding_scale(family, config, hidden),
+            residual_scale=_multiplier(family, config, "residual_multiplier"),
+            logits_scaling=_multiplier(family, config, "logits_scaling"),
+            layers=_layers(family, config, head_dim, max_positions),
             eos_token_ids=token_id_list(config.get("eos_token_id")),
         )
 
 
-def token_id_list(value: Any) -> tuple[int, ...]:
-    """Hugging Face writes one id, a list of ids or null; make it a tuple."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(int(item) for item in value)
+def _text_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A multimodal config keeps the decoder's entries in `text_config`."""
+    text = object_of(config, "text_config")
+    if not text:
+        return dict(config)
+    shared = ("tie_word_embeddings", "eos_token_id", "quantization_config")
+    return text | {key: config[key] for key in shared if config.get(key) is not None}
 
 
-def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    value = config.get(name)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+def _refuse_options(config: Mapping[str, Any]) -> None:
+    if config.get("quantization_config"):
         raise UnsupportedModelError(
-            f"{name} is {value!r} in the model's config; a positive whole number is needed"
+            "quantised Hugging Face weights are not supported; use the unquantised folder or "
+            "a GGUF file"
         )
-    return value
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if config.get(name) is not None:
+            raise UnsupportedModelError(f"{name} ({config[name]!r}) is not supported")
+    if config.get("use_bidirectional_attention"):
+        raise UnsupportedModelError(
+            "use_bidirectional_attention is not supported: a token would see its future"
+        )
 
 
-def _rope(config: Mapping[str, Any]) -> RopeConfig:
-    """Both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling`."""
-    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    if any(isinstance(value, Mapping) for value in rope.values()):
+def _activation(config: Mapping[str, Any]) -> str:
+    name = config.get("hidden_activation") or config.get("hidden_act") or "silu"
+    if name not in ACTIVATIONS:
         raise UnsupportedModelError(
-            f"RoPE parameters that differ by layer type ({', '.join(rope)}) are not supported"
+            f"activation {name!r} is not supported; supported are {', '.join(ACTIVATIONS)}"
         )
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_TYPES:
+    return str(name)
+
+
+def _attention_scale(family: Family, config: Mapping[str, Any], head_dim: int) -> float:
+    if family.attention_scale == "attention_multiplier":
+        return positive(config, "attention_multiplier", 1.0)
+    if family.attention_scale == "query_pre_attn_scalar":
+        return float(positive(config, "query_pre_attn_scalar") ** -0.5)
+    return float(head_dim**-0.5)
+
+
+def _embedding_scale(family: Family, config: Mapping[str, Any], hidden: int) -> float:
+    if family.embedding_scale == "hidden":
+        return math.sqrt(hidden)
+    if family.embedding_scale == "config":
+        return positive(config, "embedding_multiplier", 1.0)
+    return 1.0
+
+
+def _multiplier(family: Family, config: Mapping[str, Any], name: str) -> float:
+    return positive(config, name, 1.0) if family.multipliers else 1.0
+
+
+def _layers(
+    family: Family, config: Mapping[str, Any], head_dim: int, context_length: int
+) -> tuple[LayerConfig, ...]:
+    count = size(config, "num_hidden_layers")
+    types = family.layer_types(config, count)
+    given = config.get("layer_types")
+    if given and not family.reads_layer_types and given != types:
         raise UnsupportedModelError(
-            f"RoPE variant {kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
+            f"layer_types is not supported for {config.get('model_type')!r}, whose layers are all "
+            f"{types[0]!r} by its other entries"
         )
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise UnsupportedModelError(f"partial rotary embedding ({partial}) is not supported")
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    theta = _positive(rope, "rope_theta")
-    if kind == "default":
-        return RopeConfig(kind, theta)
-    original = rope.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-    scaled = RopeConfig(
-        kind,
-        theta,
-        factor=_positive(rope, "factor"),
-        low_freq_factor=_positive(rope, "low_freq_factor"),
-        high_freq_factor=_positive(rope, "high_freq_factor"),
-        original_max_positions=int(_positive({"original": original}, "original")),
+    window = size(config, "sliding_window") if SLIDING in types else None
+    ropes = {
+        kind: read_rope(parameters, config, head_dim=head_dim, context_length=context_length)
+        for kind, parameters in _rope_parameters(family, config).items()
+    }
+    return tuple(
+        LayerConfig(rope=ropes[kind] if turns else None, window=window if kind == SLIDING else None)
+        for kind, turns in zip(types, family.turning(config, count), strict=True)
     )
-    if scaled.low_freq_factor >= scaled.high_freq_factor:
-        raise UnsupportedModelError(
-            f"RoPE low_freq_factor {scaled.low_freq_factor} is not below high_freq_factor "
-            f"{scaled.high_freq_factor}"
-        )
-    return scaled
 
 
-def _positive(rope: Mapping[str, Any], name: str) -> float:
-    value = rope.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
-        return float(value)
-    raise UnsupportedModelError(f"RoPE {name} is {value!r}; a positive number is needed")
+def _rope_parameters(family: Family, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """RoPE parameters by layer type, from any of the spellings.
+
+    `rope_parameters` (transformers 5) may hold one set or one a layer type; before there were
+    `rope_theta` and `rope_scaling`, and `rope_local_base_freq` for sliding layers, which were
+    never scaled.
+    """
+    given = object_of(config, "rope_parameters")
+    theta = config.get("rope_theta", 10000.0)
+    if FULL in given or SLIDING in given:
+        if not family.local_rope:
+            raise UnsupportedModelError(
+                f"RoPE parameters that differ by layer type ({', '.join(given)}) are not "
+                f"supported for {config.get('model_type')!r}"
+            )
+        both = {kind: object_of(given, kind) for kind in (FULL, SLIDING)}
+        both[FULL].setdefault("rope_theta", theta)
+        both[SLIDING].setdefault("rope_theta", config.get("rope_local_base_freq"))
+        return both
+    scaled = {"rope_theta": theta} | object_of(config, "rope_scaling") | given
+    if config.get("model_type") == "phi3" and scaled.get("rope_type", scaled.get("type")) in (
+        "su",
+        "yarn",
+    ):
+        # Older configs of this family call its longrope so.
+        scaled["rope_type"] = "longrope"
+    if family.local_rope:
+        return {FULL: scaled, SLIDING: {"rope_theta": config.get("rope_local_base_freq")}}
+    return {FULL: scaled, SLIDING: scaled}

@@ -7,83 +7,22 @@ decoder knows nothing of chunks, stores or sampling.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kvrag.kernels import Linear, attention, compute_dtype, linear
-from kvrag.models.config import LayerConfig, ModelConfig, RopeConfig
+from kvrag.errors import ModelError
+from kvrag.kernels import Int8Decoding, Linear, compute_dtype, linear
+from kvrag.models.config import LayerConfig, ModelConfig
+from kvrag.models.layer import Layer, rms_norm
 from kvrag.models.rope import Rope
+from kvrag.models.rope_config import RopeConfig
 from kvrag.models.weights import Weights
 
 __all__ = ["Decoder", "Layer"]
-
-#: Rows that go through the MLP together: bounds the memory of the widest activation.
-MLP_ROWS = 512
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square norm over the last dimension, in at least float32."""
-    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale).to(x.dtype) * weight
-
-
-class Layer:
-    """One transformer block over rows (n, hidden_size) of the compute dtype."""
-
-    def __init__(
-        self,
-        index: int,
-        config: ModelConfig,
-        rope: Rope | None,
-        norms: Mapping[str, Tensor],
-        linears: Mapping[str, Linear],
-    ) -> None:
-        self.index = index
-        self.window = config.layers[index].window
-        self._rope = rope
-        self._config = config
-        self._norms, self._linears = norms, linears
-        self._splits = [
-            config.num_heads * config.head_dim,
-            config.num_kv_heads * config.head_dim,
-            config.num_kv_heads * config.head_dim,
-        ]
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Q (heads, n, head_dim), K and V (kv_heads, n, head_dim), after q/k-norm, un-rotated."""
-        c, norms = self._config, self._norms
-        qkv = self._linears["qkv"](rms_norm(x, norms["input"], c.norm_eps))
-        q, k, v = (
-            part.view(x.shape[0], -1, c.head_dim).transpose(0, 1)
-            for part in torch.split(qkv, self._splits, dim=-1)
-        )
-        if c.qk_norm:
-            q = rms_norm(q, norms["q"], c.norm_eps)
-            k = rms_norm(k, norms["k"], c.norm_eps)
-        return q, k, v
-
-    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Q or K at its positions; unchanged where the layer has no RoPE."""
-        return x if self._rope is None else self._rope.rotate(x, positions)
-
-    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """The rows `x` after attention output `mixed` (n, heads * head_dim) and the MLP."""
-        x = x + self._linears["output"](mixed)
-        return torch.cat([self._mlp(rows) for rows in torch.split(x, MLP_ROWS)])
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        h = rms_norm(x, self._norms["post"], self._config.norm_eps)
-        gate, up = self._linears["gate_up"](h).chunk(2, dim=-1)
-        return x + self._linears["down"](F.silu(gate).mul_(up))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-        """Rotate `q` and attend over the cached `k`, `v`; the mask is the layer's own."""
-        return attention(self.rotate(q, positions), k, v, positions, window=self.window)
 
 
 class Decoder:
@@ -91,6 +30,13 @@ class Decoder:
 
     `dtype` is what weights are rounded to and KV blocks hold; `compute_dtype` is what activations
     and the KV cache of a request hold (see `kernels.precision`).
+
+    Args:
+        int8_decoding: `stepping` multiplies int8 weights; nothing else does, so that what is
+            stored does not depend on it.
+
+    Raises:
+        ModelError: a tensor is missing or of another shape, or int8 decoding cannot run here.
     """
 
     def __init__(
@@ -100,6 +46,7 @@ class Decoder:
         *,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        int8_decoding: bool = False,
     ) -> None:
         self.config = config
         self.dtype = dtype
@@ -113,36 +60,60 @@ class Decoder:
             if config.tied_embeddings
             else self._stored(weights.take("lm_head.weight", vocab, hidden))
         )
-        self._head = linear(head, None, self.compute_dtype)
+        self._int8 = self._int8_products() if int8_decoding else None
+        self._head, step_head = self._products(head, None)
+        # A number of the compute dtype, as the families that scale were trained.
+        self._embedding_scale = torch.tensor(config.embedding_scale, dtype=self.compute_dtype)
         self._norm = self._norm_weight(weights.take("model.norm.weight", hidden))
         ropes: dict[RopeConfig, Rope] = {}
-        self.layers = [
-            Layer(
-                i,
-                config,
-                self._rope(ropes, layer),
-                self._norms(weights, i),
-                self._linears(weights, i),
-            )
-            for i, layer in enumerate(config.layers)
-        ]
+        self.layers: list[Layer] = []
+        step_layers: list[Layer] = []
+        for index, layer in enumerate(config.layers):
+            rope, norms = self._rope(ropes, layer), self._norms(weights, index)
+            linears = self._linears(weights, index)
+            for layers, which in ((self.layers, 0), (step_layers, 1)):
+                chosen = {name: pair[which] for name, pair in linears.items()}
+                layers.append(Layer(index, config, rope, norms, chosen))
         weights.check_all_taken()
+        self._stepping: Decoder | None = None
+        if int8_decoding:
+            self._stepping = copy.copy(self)
+            self._stepping.layers, self._stepping._head = step_layers, step_head
+
+    @property
+    def stepping(self) -> Decoder:
+        """What continues a prompt a token at a time; shares all but the products with this one."""
+        return self._stepping or self
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids int64 (n,) to rows (n, hidden_size)."""
-        return self._embedding[token_ids].to(self.compute_dtype)
+        return self._embedding[token_ids].to(self.compute_dtype) * self._embedding_scale
 
     def logits(self, x: Tensor) -> Tensor:
         """Rows (n, hidden_size) of the last layer to float32 (float64) logits (n, vocab_size)."""
         logits = self._head(rms_norm(x, self._norm, self.config.norm_eps))
-        return logits if logits.dtype is torch.float64 else logits.float()
+        wide = logits if logits.dtype is torch.float64 else logits.float()
+        return wide.div_(self.config.logits_scaling)
+
+    def _int8_products(self) -> Int8Decoding:
+        try:
+            return Int8Decoding(self.compute_dtype, self.device)
+        except ValueError as exc:
+            raise ModelError(f"decode_weights 'int8' is not possible here: {exc}") from exc
+
+    def _products(self, weight: Tensor, bias: Tensor | None) -> tuple[Linear, Linear]:
+        """The product in full precision, and the one of decoding; the same without int8."""
+        full = linear(weight, bias, self.compute_dtype)
+        return full, full if self._int8 is None else self._int8.linear(weight, bias, full)
 
     def _stored(self, tensor: Tensor) -> Tensor:
         """A weight rounded to the stored dtype."""
         return tensor.to(self.device, self.dtype)
 
     def _norm_weight(self, tensor: Tensor) -> Tensor:
-        return self._stored(tensor).to(self.compute_dtype)
+        """In at least float32, which norms are calculated in."""
+        wide = torch.float64 if self.compute_dtype is torch.float64 else torch.float32
+        return self._stored(tensor).to(wide) + self.config.norm_offset
 
     def _rope(self, made: dict[RopeConfig, Rope], layer: LayerConfig) -> Rope | None:
         """Layers with the same RoPE share one table."""
@@ -151,7 +122,6 @@ class Decoder:
         if layer.rope not in made:
             made[layer.rope] = Rope(
                 layer.rope,
-                self.config.head_dim,
                 self.config.max_positions,
                 dtype=self.compute_dtype,
                 device=self.device,
@@ -162,53 +132,43 @@ class Decoder:
         """One layer's norm weights."""
         c = self.config
         names = {
-            "input": ("input_layernorm", c.hidden_size),
-            "post": ("post_attention_layernorm", c.hidden_size),
+            place: (stored, c.hidden_size)
+            for place, stored in asdict(c.norms).items()
+            if stored is not None
         }
-        if c.qk_norm:
-            names["q"] = ("self_attn.q_norm", c.head_dim)
-            names["k"] = ("self_attn.k_norm", c.head_dim)
+        if c.qk_norm is not None:
+            together = c.qk_norm == "all_heads"
+            names["q"] = ("self_attn.q_norm", c.head_dim * (c.num_heads if together else 1))
+            names["k"] = ("self_attn.k_norm", c.head_dim * (c.num_kv_heads if together else 1))
         return {
-            name: self._norm_weight(weights.take(f"model.layers.{index}.{stored}.weight", size))
-            for name, (stored, size) in names.items()
+            place: self._norm_weight(weights.take(f"model.layers.{index}.{stored}.weight", size))
+            for place, (stored, size) in names.items()
         }
 
-    def _linears(self, weights: Weights, index: int) -> dict[str, Linear]:
+    def _linears(self, weights: Weights, index: int) -> dict[str, tuple[Linear, Linear]]:
         """One layer's projections; those that read the same rows are joined into one product."""
         c = self.config
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
 
-        def joined(outputs: Mapping[str, int], inputs: int, *, bias: bool) -> Linear:
+        def joined(outputs: Mapping[str, int], inputs: int, *, bias: bool) -> tuple[Linear, Linear]:
             def cat(kind: str, *shape: int) -> Tensor:
-                return self._stored(
-                    torch.cat(
-                        [
-                            weights.take(f"model.layers.{index}.{name}.{kind}", size, *shape)
-                            for name, size in outputs.items()
-                        ]
-                    )
-                )
+                parts = [
+                    weights.take(f"model.layers.{index}.{name}.{kind}", size, *shape)
+                    for name, size in outputs.items()
+                ]
+                return self._stored(torch.cat(parts) if len(parts) > 1 else parts[0])
 
-            return linear(cat("weight", inputs), cat("bias") if bias else None, self.compute_dtype)
+            return self._products(cat("weight", inputs), cat("bias") if bias else None)
 
-        qkv = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
-        gate_up = {"mlp.gate_proj": c.mlp_size, "mlp.up_proj": c.mlp_size}
+        if c.fused_weights:
+            qkv = {"self_attn.qkv_proj": q + 2 * kv}
+            gate_up = {"mlp.gate_up_proj": 2 * c.mlp_size}
+        else:
+            qkv = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
+            gate_up = {"mlp.gate_proj": c.mlp_size, "mlp.up_proj": c.mlp_size}
         return {
             "qkv": joined(qkv, c.hidden_size, bias=c.qkv_bias),
             "output": joined({"self_attn.o_proj": c.hidden_size}, q, bias=c.output_bias),
             "gate_up": joined(gate_up, c.hidden_size, bias=c.mlp_bias),
             "down": joined({"mlp.down_proj": c.hidden_size}, c.mlp_size, bias=c.mlp_bias),
-        }
-
-    def info(self) -> dict[str, Any]:
-        """Numbers for people: family, layers, heads, positions and bytes of KV a token."""
-        c = self.config
-        return {
-            "family": c.family,
-            "layers": c.num_layers,
-            "heads": c.num_heads,
-            "kv_heads": c.num_kv_heads,
-            "head_dim": c.head_dim,
-            "max_positions": c.max_positions,
-            "kv_bytes_per_token": c.kv_elements_per_token * self.dtype.itemsize,
         }

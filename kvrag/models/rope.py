@@ -1,4 +1,7 @@
-"""Rotary position embeddings (RoFormer, arXiv 2104.09864; llama3 scaling as Llama 3.1 has it).
+"""Rotary position embeddings (RoFormer, arXiv 2104.09864) and their long-context variants.
+
+linear: position interpolation (arXiv 2306.15595). llama3: as Llama 3.1 has it. yarn: arXiv
+2309.00071. longrope: arXiv 2402.13753.
 
 Angles are computed in float32, as the models were trained, whatever the compute dtype is. K is
 stored un-rotated and rotated here when its place in the prompt is known, which is exact for every
@@ -12,23 +15,52 @@ import math
 import torch
 from torch import Tensor
 
-from kvrag.models.config import RopeConfig
+from kvrag.models.rope_config import RopeConfig
 
 __all__ = ["Rope", "inverse_frequencies"]
 
 
-def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
-    """Radians a position for each pair of dimensions: float32 (head_dim / 2,)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    inv_freq = 1.0 / (config.theta**exponents)
-    if config.kind == "default":
-        return inv_freq
-    # llama3: long wavelengths are stretched by `factor`, short ones kept, those between blended.
-    wavelength = 2 * math.pi / inv_freq
+def inverse_frequencies(config: RopeConfig) -> Tensor:
+    """Radians a position for each pair of dimensions: float32 (rotary_dim / 2,)."""
+    dim = config.rotary_dim
+    powers = config.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if config.kind == "longrope":
+        return 1.0 / (torch.tensor(config.stretch, dtype=torch.float32) * powers)
+    plain = 1.0 / powers
+    if config.kind == "linear":
+        return plain / config.factor
+    if config.kind == "llama3":
+        return _llama3(config, plain)
+    if config.kind == "yarn":
+        return _yarn(config, plain, 1.0 / (config.factor * powers))
+    return plain
+
+
+def _llama3(config: RopeConfig, plain: Tensor) -> Tensor:
+    """Long wavelengths are stretched by `factor`, short ones kept, those between blended."""
+    wavelength = 2 * math.pi / plain
     low, high = config.low_freq_factor, config.high_freq_factor
     smooth = (config.original_max_positions / wavelength - low) / (high - low)
     smooth = smooth.clamp(0.0, 1.0)
-    return (1 - smooth) * inv_freq / config.factor + smooth * inv_freq
+    return (1 - smooth) * plain / config.factor + smooth * plain
+
+
+def _yarn(config: RopeConfig, plain: Tensor, stretched: Tensor) -> Tensor:
+    """Frequencies that turn often within the original context are kept, rare ones stretched."""
+    dim = config.rotary_dim
+
+    def pair_that_turns(times: float) -> float:
+        turns = config.original_max_positions / (times * 2 * math.pi)
+        return dim * math.log(turns) / (2 * math.log(config.theta))
+
+    low, high = pair_that_turns(config.beta_fast), pair_that_turns(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    width = high - low or 0.001
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    kept = 1 - ramp
+    return stretched * (1 - kept) + plain * kept
 
 
 class Rope:
@@ -37,23 +69,27 @@ class Rope:
     def __init__(
         self,
         config: RopeConfig,
-        head_dim: int,
         max_positions: int,
         *,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self._dim = config.rotary_dim
         angles = torch.outer(
-            torch.arange(max_positions, dtype=torch.float32), inverse_frequencies(config, head_dim)
+            torch.arange(max_positions, dtype=torch.float32), inverse_frequencies(config)
         )
-        # Both halves of a head turn by the same angles: (max_positions, head_dim).
-        self._cos = angles.cos().to(dtype).repeat(1, 2).to(device)
-        sin = angles.sin().to(dtype).to(device)
+        # Both halves turn by the same angles: (max_positions, rotary_dim).
+        cos = (angles.cos() * config.attention_factor).to(dtype)
+        self._cos = cos.repeat(1, 2).to(device)
+        sin = (angles.sin() * config.attention_factor).to(dtype).to(device)
         # The sign of `rotate_half` is put into the table, so that rotating is two multiplications.
         self._sin = torch.cat((-sin, sin), dim=-1)
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Turn `x` (heads, n, head_dim) to `positions` int64 (n,); returns a new tensor."""
-        half = x.shape[-1] // 2
+        if x.shape[-1] > self._dim:
+            turned = self.rotate(x[..., : self._dim], positions)
+            return torch.cat((turned, x[..., self._dim :]), dim=-1)
+        half = self._dim // 2
         swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
         return torch.addcmul(x * self._cos[positions], swapped, self._sin[positions])

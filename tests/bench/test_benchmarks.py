@@ -7,8 +7,8 @@ import json
 import pytest
 
 from kvrag import Engine, Settings
-from kvrag.bench import fidelity, ttft
-from kvrag.bench.controls import RandomBlend
+from kvrag.bench import fidelity, layers, ttft
+from kvrag.bench.controls import NearestBlend, RandomBlend
 from kvrag.errors import InputError
 from kvrag.fusion import create
 from tests.tiny import make_tiny_model
@@ -86,8 +86,8 @@ def test_halves_never_share_a_group(data):
 
 def test_intervals_hold_the_mean_and_widen_with_groups():
     values, own = [0.0, 0.0, 1.0, 1.0] * 5, [str(n) for n in range(20)]
-    by_item = fidelity._interval(values, own)
-    by_group = fidelity._interval(sorted(values), ["a"] * 10 + ["b"] * 10)
+    by_item = fidelity.interval(values, own)
+    by_group = fidelity.interval(sorted(values), ["a"] * 10 + ["b"] * 10)
     assert by_item["low"] <= by_item["mean"] == 0.5 <= by_item["high"]
     assert by_group["high"] - by_group["low"] > by_item["high"] - by_item["low"]
 
@@ -101,6 +101,33 @@ def test_data_of_another_form_is_refused_in_a_sentence(tmp_path):
         fidelity.load_items(tmp_path / "none.jsonl", fidelity.FidelityOptions())
 
 
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    """An engine whose model has a global layer and two that see the last 24 tokens."""
+    root = tmp_path_factory.mktemp("windowed")
+    windows = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
+    folder = make_tiny_model(root / "model", family="qwen2", **windows)
+    settings = Settings(model=str(folder), home=root / "home", dtype="float32", threads=1)
+    with Engine.open(settings) as engine:
+        yield engine
+
+
+def test_layers_mended_from_none_to_all_span_reuse_to_full_prefill(windowed, data, capsys):
+    options = fidelity.FidelityOptions(items=4, new_tokens=5)
+    result = layers.run(windowed, data, options)
+    json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["windows"] == [None, 24, 24]
+    # Layer 0 depends on the token alone.
+    assert result["deviation_k"][0] < 1e-9 < result["deviation_k"][1]
+    assert result["deviation_v"][0] < 1e-9 < result["deviation_v"][1]
+    kl = {name: interval["mean"] for name, interval in result["kl"].items()}
+    assert abs(kl["all layers"]) < 1e-5
+    assert kl["global layers"] == kl["layer 0"]
+    # The stored KV that it mixes in is the one that the store hands to plain reuse.
+    reuse = fidelity.run(windowed, data, options)["strategies"]["reuse"]["kl"]["mean"]
+    assert kl["no layer (reuse)"] == pytest.approx(reuse, abs=1e-5)
+
+
 def test_random_control_is_no_strategy_for_users(engine):
     passages = [f"Lamp of {place}. " * 4 for place in PLACES]
     engine.answer("Where?", passages=passages, strategy="reuse", max_tokens=1)
@@ -111,3 +138,13 @@ def test_random_control_is_no_strategy_for_users(engine):
     assert answer.report.tokens.recomputed > 0
     with pytest.raises(InputError, match="cacheblend, full, reuse"):
         engine.answer("Where?", passages=passages, strategy="random")
+
+
+def test_nearest_control_keeps_the_rows_before_the_question(engine):
+    passages = [f"Lamp of {place}. " * 4 for place in PLACES]
+    prefilled = engine.prefill(
+        "Where?", passages=passages, strategy=NearestBlend(ratio=0.25), new_tokens=1
+    )
+    prompt = prefilled.prompt
+    assert 0 < prefilled.tokens.recomputed < prompt.context_tokens
+    assert prefilled.tokens.recomputed <= len(prompt.chunks[-1].token_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from kvrag.config import Settings
 from kvrag.models.packaged import PACKAGED
+from tests.tiny import make_tiny_model
 
 
 def test_model_list(kvrag, monkeypatch):
@@ -66,21 +68,64 @@ def test_model_info(kvrag, tiny_folders):
     result = kvrag("model", "info", "--json")
     assert result.code == 0
     facts = result.json
-    expected = {
-        "family": "llama", "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 8,
-        "max_positions": 4096, "kv_bytes_per_token": 3 * 2 * 2 * 8 * 4, "dtype": "float32",
-        "folder": str(tiny_folders[0]), "model": str(tiny_folders[0]),
-    }  # fmt: skip
-    assert facts | expected == facts
-    assert len(facts["fingerprint"]) == 64
     embeddings, layer = 2 * 384 * 32, 2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32 + 2 * 32
-    assert facts["parameters"] == embeddings + 3 * layer + 32
+    expected = {
+        "model": str(tiny_folders[0]), "parameters": embeddings + 3 * layer + 32,
+        "stored_bytes": 4 * (embeddings + 3 * layer + 32), "family": "llama", "layers": 3,
+        "heads": 4, "kv_heads": 2, "head_dim": 8, "hidden_size": 32, "mlp_size": 64,
+        "vocab_size": 384, "max_positions": 4096, "tied_embeddings": False,
+        "kv_bytes_per_token": 3 * 2 * 2 * 8 * 4, "window_kv_bytes_per_token": 0,
+        "global_layers": 3, "windows": [], "layers_without_rope": [],
+        "rope": [{"layers": [0, 1, 2], "kind": "default", "theta": 10000.0, "rotary_dim": 8}],
+        "blending": True, "chat_template": True, "dtype": "float32", "compute_dtype": "float32",
+        "fingerprint": facts["fingerprint"], "folder": str(tiny_folders[0]),
+    }  # fmt: skip
+    assert facts == expected
+    assert len(facts["fingerprint"]) == 64
     text = kvrag("model", "info", tiny_folders[0]).out
-    for value in ("llama", facts["fingerprint"], f"{facts['parameters']:,}"):
+    said = ("llama", facts["fingerprint"], f"{facts['parameters']:,}", "384 bytes", "3 of 3 layers")
+    for value in said:
         assert value in text
     missing = kvrag("model", "info", "nope")
     assert missing.code == 2
     assert "no model 'nope'" in missing.error
+
+
+def test_model_info_of_windows(kvrag, tmp_path):
+    window = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+    folder = make_tiny_model(tmp_path / "model", "qwen2", **window)
+    facts = kvrag("--set", "context_length=64", "model", "info", folder, "--json").json
+    assert facts["windows"] == [{"window": 16, "layers": [1, 2]}]
+    assert facts["max_positions"] == 64
+    assert facts["window_kv_bytes_per_token"] * 3 == facts["kv_bytes_per_token"] * 2
+    text = kvrag("model", "info", folder).out
+    assert "layers 1-2 see the last 16 tokens" in text
+    assert "384 bytes, of which 256 bytes in layers" in text
+
+
+def test_model_info_of_a_base_model(kvrag, tmp_path):
+    folder = make_tiny_model(tmp_path / "model")
+    options = json.loads((folder / "tokenizer_config.json").read_text())
+    del options["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    assert kvrag("model", "info", folder, "--json").json["chat_template"] is False
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "expected"),
+    [
+        (lambda path: path.write_bytes(b""), 1, "is damaged: it is empty"),
+        (lambda path: path.rename(path.with_suffix(".bin")), 2, "pickle"),
+        (lambda path: path.unlink(), 2, "holds no weights"),
+    ],
+)
+def test_a_model_that_cannot_be_opened_is_one_line(kvrag, tmp_path, damage, code, expected):
+    folder = make_tiny_model(tmp_path / "model")
+    damage(folder / "model.safetensors")
+    result = kvrag("model", "info", folder)
+    assert result.code == code
+    assert expected in result.error
+    assert str(folder) in result.error
 
 
 def test_store_stat(kvrag, environment, monkeypatch):

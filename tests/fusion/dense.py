@@ -16,57 +16,93 @@ Choose = Callable[[int, list[int], Tensor], list[int]]
 
 
 class Dense:
-    """A transformers model taken apart; `windows` and `no_rope` put options on single layers."""
+    """A transformers model taken apart; windows, RoPE, norms and multipliers are its own.
 
-    def __init__(self, hf, windows: dict[int, int] | None = None, no_rope: Sequence[int] = ()):
-        self.hf = hf
+    `context_length` is what LongRoPE's factors are chosen by, the config's if not given.
+    """
+
+    def __init__(self, hf, context_length: int | None = None):
+        self.hf, self.config = hf, hf.config
         self.layers = hf.model.layers
-        self.windows, self.no_rope = windows or {}, set(no_rope)
+        self.context_length = context_length or self.config.max_position_embeddings
+        self.residual = getattr(self.config, "residual_multiplier", 1.0)
+        self._isolated: dict[tuple[int | None, ...], list[tuple[Tensor, Tensor]]] = {}
 
     # ---- one layer -------------------------------------------------------------------------------
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        x = self.hf.model.embed_tokens(torch.tensor(ids))
+        return x * getattr(self.config, "embedding_multiplier", 1.0)
 
     def project(self, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Q, K, V (heads, rows, dim), un-rotated."""
         layer = self.layers[index]
-        attention, h = layer.self_attn, layer.input_layernorm(x)
-        dim = attention.head_dim
-        q = attention.q_proj(h).view(len(x), -1, dim)
-        k = attention.k_proj(h).view(len(x), -1, dim)
-        v = attention.v_proj(h).view(len(x), -1, dim)
-        if hasattr(attention, "q_norm"):
+        attention, dim = layer.self_attn, layer.self_attn.head_dim
+        h = layer.input_layernorm(x) if hasattr(layer, "input_layernorm") else x
+        if hasattr(attention, "qkv_proj"):
+            kv = self.config.num_key_value_heads * dim
+            q, k, v = attention.qkv_proj(h).split([attention.o_proj.in_features, kv, kv], dim=-1)
+        else:
+            q, k, v = attention.q_proj(h), attention.k_proj(h), attention.v_proj(h)
+        over_all_heads = self.config.model_type == "olmo2"
+        if over_all_heads:
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        q, k, v = (rows.view(len(x), -1, dim) for rows in (q, k, v))
+        if hasattr(attention, "q_norm") and not over_all_heads:
             q, k = attention.q_norm(q), attention.k_norm(k)
         return q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
 
     def rotate(self, index: int, x: Tensor, positions: Sequence[int]) -> Tensor:
-        if index in self.no_rope or not len(positions):
+        attention = self.layers[index].self_attn
+        if not getattr(attention, "use_rope", True) or not len(positions):
             return x
-        cos, sin = self.hf.model.rotary_emb(x, torch.tensor([list(positions)]))
-        half = x.shape[-1] // 2
-        return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+        # transformers chooses LongRoPE's factors anew by the last position of each call.
+        asked = torch.tensor([[*positions, self.context_length - 1]])
+        by_type = (attention.layer_type,) if self.config.model_type == "gemma3_text" else ()
+        cos, sin = (table[0, :-1].to(x) for table in self.hf.model.rotary_emb(x, asked, *by_type))
+        rotated, passed = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+        one, two = rotated.chunk(2, dim=-1)
+        return torch.cat((rotated * cos + torch.cat((-two, one), dim=-1) * sin, passed), dim=-1)
 
-    def visible(self, index: int, query: int, key: int) -> bool:
-        window = self.windows.get(index)
-        return key <= query and (window is None or query - key < window)
+    def window(self, index: int) -> int | None:
+        """Of a layer; Mistral and Phi-3 have one for all."""
+        attention = self.layers[index].self_attn
+        if hasattr(attention, "sliding_window"):
+            return attention.sliding_window
+        return getattr(self.config, "sliding_window", None)
+
+    def visible(self, index: int, rows: Sequence[int], keys: Sequence[int]) -> Tensor:
+        """Which rows see which keys: bool (rows, keys)."""
+        distance = torch.tensor(rows)[:, None] - torch.tensor(keys)
+        window = self.window(index)
+        return (distance >= 0) & (distance < (len(keys) if window is None else window))
 
     def attend(
         self, index: int, q: Tensor, rows: Sequence[int], k: Tensor, v: Tensor, keys: Sequence[int]
     ) -> Tensor:
-        mask = torch.tensor([[self.visible(index, row, key) for key in keys] for row in rows])
+        mask, scale = self.visible(index, rows, keys), self.layers[index].self_attn.scaling
         out = []
         for head in range(q.shape[0]):
             shared = head // (q.shape[0] // k.shape[0])
-            scores = q[head] @ k[shared].T / q.shape[-1] ** 0.5
+            scores = q[head] @ k[shared].T * scale
             scores[~mask] = -torch.inf
             out.append(scores.softmax(-1) @ v[shared])
         return torch.cat(out, dim=-1)
 
     def finish(self, index: int, x: Tensor, mixed: Tensor) -> Tensor:
         layer = self.layers[index]
-        x = x + layer.self_attn.o_proj(mixed)
-        return x + layer.mlp(layer.post_attention_layernorm(x))
+        mixed = layer.self_attn.o_proj(mixed)
+        # Only with norms behind the MLP is the norm "post attention" one of attention's output.
+        if not hasattr(layer, "post_feedforward_layernorm"):
+            x = x + mixed * self.residual
+            return x + layer.mlp(layer.post_attention_layernorm(x)) * self.residual
+        x = x + layer.post_attention_layernorm(mixed)
+        h = layer.pre_feedforward_layernorm(x) if hasattr(layer, "pre_feedforward_layernorm") else x
+        return x + layer.post_feedforward_layernorm(layer.mlp(h))
 
     def logits(self, x: Tensor) -> Tensor:
-        return self.hf.lm_head(self.hf.model.norm(x))
+        logits = self.hf.lm_head(self.hf.model.norm(x))
+        return logits / getattr(self.config, "logits_scaling", 1.0)
 
     # ---- whole passes ----------------------------------------------------------------------------
 
@@ -74,7 +110,7 @@ class Dense:
     def causal(self, ids: Sequence[int]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Logits of every row, and un-rotated K and V of every layer."""
         positions, kv = list(range(len(ids))), []
-        x = self.hf.model.embed_tokens(torch.tensor(ids))
+        x = self.embed(ids)
         for index in range(len(self.layers)):
             q, k, v = self.project(index, x)
             kv.append((k, v))
@@ -84,8 +120,11 @@ class Dense:
 
     def isolated(self, prefix: Sequence[int], chunk: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """The chunk alone behind its corpus prefix, whose own K and V are dropped."""
-        _, kv = self.causal([*prefix, *chunk])
-        return [(k[:, len(prefix) :], v[:, len(prefix) :]) for k, v in kv]
+        name = (*prefix, None, *chunk)
+        if name not in self._isolated:
+            _, kv = self.causal([*prefix, *chunk])
+            self._isolated[name] = [(k[:, len(prefix) :], v[:, len(prefix) :]) for k, v in kv]
+        return self._isolated[name]
 
     @torch.no_grad()
     def blend(
@@ -96,9 +135,10 @@ class Dense:
         question: Sequence[int],
         first: int,
         choose: Choose,
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
         """The last row's logits, and the final rotated K and V of all positions of every layer.
 
+        The third is bool (layers, positions): which keys some row saw. The others do not matter.
         Context rows from position `first` on begin; `choose` says which go on behind each layer.
         """
         ids = [*prefix, *(token for chunk in chunks for token in chunk), *question]
@@ -115,7 +155,8 @@ class Dense:
 
         context = list(range(first, question_start))
         rows = everywhere[first:]
-        x = self.hf.model.embed_tokens(torch.tensor(ids)[rows])
+        x = self.embed([ids[row] for row in rows])
+        seen = torch.zeros(len(self.layers), len(ids), dtype=torch.bool)
         for index in range(len(self.layers)):
             q, k, v = self.project(index, x)
             q, k = self.rotate(index, q, rows), self.rotate(index, k, rows)
@@ -127,6 +168,7 @@ class Dense:
             at = [rows.index(position) for position in [*kept, *everywhere[question_start:]]]
             x, q, rows = x[at], q[:, at], [rows[i] for i in at]
             context = list(kept)
+            seen[index] = self.visible(index, rows, everywhere).any(dim=0)
             mixed = self.attend(index, q, rows, *cache[index], everywhere)
             x = self.finish(index, x, mixed)
-        return self.logits(x[-1:]), cache
+        return self.logits(x[-1:]), cache, seen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,16 +15,14 @@ from kvrag.fusion.cacheblend import CacheBlend
 from kvrag.fusion.layerwise import LayerState
 from kvrag.fusion.prompt import Prompt
 from kvrag.generation.prefix_cache import PrefixCache
-from kvrag.models.config import LayerConfig, ModelConfig
-from kvrag.models.decoder import Decoder
-from kvrag.models.source import Model, open_model
-from kvrag.models.weights import Weights, read_json
+from kvrag.models.source import open_model
 from kvrag.prefill import Prefill, Prefilled
 from kvrag.prompting import PromptLayout
 from kvrag.store.codecs import codec
 from kvrag.store.disk import DiskTier
-from kvrag.store.keys import KeyMaker
+from kvrag.store.keys import BlockKey, KeyMaker
 from kvrag.store.ram import RamTier
+from kvrag.store.tier import Tier
 from kvrag.store.tiered import TieredStore, TierSlot
 from tests.models.tiny_models import token_ids
 
@@ -61,8 +58,25 @@ class Fixed(CacheBlend):
         return torch.isin(state.positions, wanted).nonzero()[:, 0]
 
 
+class CountingTier(RamTier):
+    """Notes each segment that is read: (key, layer)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[tuple[BlockKey, int]] = []
+
+    def segments(self, key: BlockKey, first: int, last: int) -> list[memoryview] | None:
+        self.read += [(key, layer) for layer in range(first, last)]
+        return super().segments(key, first, last)
+
+    def content(self, key: BlockKey) -> list[bytes]:
+        """All segments of a block, without being counted."""
+        header = super().header(key)
+        return [bytes(part) for part in super().segments(key, 0, len(header.segments))]
+
+
 class Room:
-    """`run` fuses one prompt; the store is in memory, or under `root` on disk alone."""
+    """`run` fuses one prompt; the store is `tier`, else in memory or under `root` on disk alone."""
 
     def __init__(
         self,
@@ -71,10 +85,10 @@ class Room:
         root: Path | None = None,
         dtype: torch.dtype = torch.float64,
         corpus_prefix: Sequence[int] = tuple(PREFIX),
-        layers: dict[int, dict[str, object]] | None = None,
+        tier: Tier | None = None,
     ) -> None:
-        self.model = opened(folder, dtype, layers)
-        tier = RamTier() if root is None else DiskTier(root)
+        self.model = open_model(str(folder), folder, dtype=dtype)
+        tier = tier or (RamTier() if root is None else DiskTier(root))
         self.store = TieredStore([TierSlot(tier, None)])
         self.prefixes = PrefixCache(self.model.decoder)
         self.blocks = ChunkBlocks(
@@ -100,20 +114,3 @@ class Room:
     def run(self, chunks, strategy, *, question=QUESTION, prefix=PREFIX, **options) -> Prefilled:
         prompt = self.prompt(chunks, question, prefix)
         return self.prefill.run(prompt, strategy, new_tokens=4, **options)
-
-
-def opened(
-    folder: Path, dtype: torch.dtype, layers: dict[int, dict[str, object]] | None = None
-) -> Model:
-    """The model of a folder; `layers` changes options of single layers: window, rope."""
-    model = open_model(str(folder), folder, dtype=dtype)
-    if not layers:
-        return model
-    config = ModelConfig.from_hf(read_json(folder / "config.json"))
-    made: tuple[LayerConfig, ...] = tuple(
-        dataclasses.replace(layer, **layers.get(index, {}))
-        for index, layer in enumerate(config.layers)
-    )
-    config = dataclasses.replace(config, layers=made)
-    decoder = Decoder(config, Weights(folder), dtype=dtype)
-    return dataclasses.replace(model, decoder=decoder)

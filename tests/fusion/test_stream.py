@@ -256,7 +256,10 @@ def test_file_gone_on_the_way(tiny, tmp_path):
     for path in tmp_path.rglob("*.kv"):
         path.unlink()
     stream = BlockStream(
-        sources, room.blocks.codec, lambda i: room.blocks.layers(room.blocks.compute(CHUNKS[i])), 4
+        sources,
+        room.blocks.codec,
+        lambda i: room.blocks.layers(room.blocks.compute(CHUNKS[i])),
+        [0] * 4,
     )
     layers = [stream.next_layer() for _ in range(4)]
     stream.close()
@@ -271,7 +274,7 @@ def test_file_gone_on_the_way(tiny, tmp_path):
 
 def open_stream(room, *, recompute=None, num_layers=4):
     sources = [room.blocks.open(chunk) for chunk in CHUNKS]
-    return BlockStream(sources, room.blocks.codec, recompute or pytest.fail, num_layers)
+    return BlockStream(sources, room.blocks.codec, recompute or pytest.fail, [0] * num_layers)
 
 
 @pytest.fixture

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from kvrag.errors import ModelError, ModelNotFoundError, UnsupportedModelError
+from kvrag.generation.kv_cache import KVCache
+from kvrag.models.forward import extend
 from kvrag.models.source import model_folder, open_model
 from kvrag.models.weights import Weights
-from tests.models.tiny_models import make_tokenizer
+from tests.models.tiny_models import make_tokenizer, token_ids
 
 
 @pytest.fixture
@@ -215,6 +218,106 @@ def test_stop_tokens_of_both_files(folder):
     assert opened(folder).eos_token_ids == {1, 2}
     (folder / "generation_config.json").unlink()
     assert opened(folder).eos_token_ids == {2}
+
+
+# ---- multimodal folders --------------------------------------------------------------------------
+
+
+def test_the_language_part_of_a_multimodal_model_opens(tmp_path):
+    """transformers' whole model and ours of its language part say the same of a text."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8,
+        "query_pre_attn_scalar": 16, "max_position_embeddings": 256,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    hf = Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=text, vision_config=vision, mm_tokens_per_image=1, eos_token_id=2,
+            image_token_index=399, boi_token_index=398, eoi_token_index=397,
+        )
+    ).eval()  # fmt: skip
+    hf.save_pretrained(tmp_path)
+    make_tokenizer(tmp_path, vocab_size=390)
+    decoder = opened(tmp_path).decoder
+    ids = token_ids(40, vocab=390)
+    with torch.inference_mode():
+        expected = hf(torch.tensor([ids])).logits[0]
+        cache = KVCache(
+            decoder.config, len(ids), dtype=decoder.compute_dtype, device=decoder.device
+        )
+        torch.testing.assert_close(
+            extend(decoder, ids, cache, every=True), expected, rtol=1e-4, atol=1e-4
+        )
+
+
+# ---- two models in one folder --------------------------------------------------------------------
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_is_refused(folder):
+    """It would make ids that the embedding has no row for, in the middle of some question."""
+    make_tokenizer(folder, vocab_size=420)
+    with pytest.raises(ModelError) as caught:
+        opened(folder)
+    for part in (f"{folder / 'tokenizer.json'}", "id 400", "400 rows", "420 tokens"):
+        assert part in str(caught.value)
+    make_tokenizer(folder, vocab_size=390)  # an embedding larger than its tokenizer is padded
+    opened(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("eos", [399, [2, 399], -1])
+def test_an_end_that_is_no_token_is_refused(folder, name, eos):
+    make_tokenizer(folder, vocab_size=390)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+    edit_json(folder / name, eos_token_id=eos)
+    with pytest.raises(ModelError) as caught:
+        opened(folder)
+    wrong = eos if isinstance(eos, int) else eos[-1]
+    for part in (str(folder / name), f"id {wrong}", "tokenizer.json", "390 tokens"):
+        assert part in str(caught.value)
+
+
+def test_context_length(folder):
+    def positions(context_length):
+        model = open_model(str(folder), folder, dtype=torch.float32, context_length=context_length)
+        return model.decoder.config.max_positions
+
+    assert positions(None) == 512
+    assert positions(100) == 100
+    for wrong in (0, 513):
+        with pytest.raises(ModelError, match=str(wrong)):
+            positions(wrong)
+
+
+# ---- names of a hub ------------------------------------------------------------------------------
+
+
+def test_a_path_comes_before_the_hub(folder, monkeypatch):
+    """`org/name` is asked for on a hub only when nothing of that name is here."""
+    asked = []
+    monkeypatch.setattr("kvrag.models.source.hub_folder", lambda wanted: asked.append(wanted))
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / "org").mkdir()
+    folder.rename(folder.parent / "org" / "model")
+    assert model_folder("org/model", folder.parent) == Path("org/model")
+    (folder.parent / "org" / "notes").write_text("no model")
+    for name in ("org/notes", "name", "./org/other", "org/x/y", "smollm-135m"):
+        with pytest.raises(ModelNotFoundError, match=name):
+            model_folder(name, folder.parent)
+    with pytest.raises(ModelNotFoundError, match=r"other\.gguf"):
+        model_folder("org/other.gguf", folder.parent)
+    assert asked == []
+    model_folder("org/other", folder.parent)
+    model_folder("org/other@v1", folder.parent)
+    assert [str(wanted) for wanted in asked] == ["org/other", "org/other@v1"]
 
 
 def test_an_unsupported_folder_is_refused_before_its_weights_are_read(folder):

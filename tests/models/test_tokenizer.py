@@ -31,6 +31,11 @@ TEMPLATES = {
     "spaces": "{%- for m in messages -%}\n  [{{ m.role|upper }}] {{ m['content'] | trim }}\n"
     "{%- endfor %}\n{% if add_generation_prompt %}[ANSWER]{% endif %}",
     "json": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}",
+    "json options": "{{ messages | tojson(ensure_ascii=true, sort_keys=true) }}"
+    "{{ messages | tojson(separators=(',', ':')) }}",
+    # Tokens that the model does not have are undefined, not empty.
+    "tokens undefined": "{{ unk_token is defined }}{{ sep_token is defined }}"
+    "{{ cls_token | default('none') }}{{ bos_token is defined }}",
     "tokens": "{{ bos_token }}{{ eos_token }}|{{ unk_token }}|{{ pad_token }}"
     "{{ messages[1].content }}",
     "loop controls": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}"
@@ -132,6 +137,57 @@ def test_truncation_and_padding_of_the_file_are_not_used(folder, tmp_path, what)
     made = Tokenizer(path)
     assert made.encode(TEXT) == Tokenizer(folder).encode(TEXT)
     assert made.encode_template(TEXT) == Tokenizer(folder).encode_template(TEXT)
+
+
+# ---- files and vocabularies ----------------------------------------------------------------------
+
+
+def test_a_git_lfs_pointer_is_called_one(tmp_path):
+    make_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 17209920\n"
+    )
+    with pytest.raises(ModelError, match=r"tokenizer\.json is a Git LFS pointer.*git lfs pull"):
+        Tokenizer(tmp_path)
+
+
+def test_tokens_beyond_the_embedding(tokenizer):
+    vocab = tokenizer.vocab_size
+    assert tokenizer.token_beyond(vocab) is None
+    assert tokenizer.token_beyond(vocab + 64) is None  # an embedding that is padded
+    assert tokenizer.token_beyond(vocab - 3) == (vocab - 3, tokenizer.token(vocab - 3))
+
+
+@pytest.mark.parametrize(
+    ("special", "template", "found"),
+    [
+        (True, None, False),
+        (True, "{{ messages[0].content }}", False),
+        # Gemma 3 of text alone has the image token of its family, and no row for it.
+        (True, "{{ messages[0].content }}<image>", True),
+        (False, None, True),
+    ],
+)
+def test_a_special_token_counts_where_the_template_writes_it(tmp_path, special, template, found):
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as FastTokenizer
+
+    make_tokenizer(tmp_path, template=template)
+    fast = FastTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    rows = fast.get_vocab_size()
+    fast.add_tokens([AddedToken("<image>", special=special, normalized=False)])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.token_beyond(rows) == ((rows, "<image>") if found else None)
+    reached = max(tokenizer.encode("an <image>")) >= rows
+    assert reached == (not special)
+    assert tokenizer.token_beyond(rows + 1) is None
+
+
+def test_token_of_an_id(tokenizer):
+    assert tokenizer.token(1) == SPECIAL[1]
+    for token_id in (-1, tokenizer.vocab_size, 2**32, 2**40):
+        assert tokenizer.token(token_id) is None
 
 
 # ---- chat templates ------------------------------------------------------------------------------

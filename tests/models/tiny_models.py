@@ -6,16 +6,184 @@ too, so that leaving one out is seen.
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-FAMILIES = ("llama", "llama-bias", "qwen2", "qwen3")
-ROPES = ("default", "llama3")
-#: Every family, RoPE variant, and tying of the embeddings at least once.
-VARIANTS = [(family, rope, tied) for family in FAMILIES for rope in ROPES for tied in (False, True)]
+#: Longer than every window below and than every RoPE's original context, `long` prompts are.
+LONG = 90
+_GEMMA_LOCAL = {"rope_type": "default", "rope_theta": 100.0}
+#: Families by variant: transformers' `model_type` and entries that differ from `_SIZES`.
+FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("llama", {}),
+    "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 12}),
+    "mistral-window": ("mistral", {"sliding_window": 16}),
+    "qwen2": ("qwen2", {"use_sliding_window": False, "tie_word_embeddings": True}),
+    "qwen2-window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3-window": (
+        "qwen3",
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 40,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    # The fourth of five layers has no RoPE.
+    "smollm3": ("smollm3", {"num_hidden_layers": 5, "tie_word_embeddings": True}),
+    "smollm3-window": (
+        "smollm3",
+        {
+            "num_hidden_layers": 5,
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    # The sixth of seven layers is global, by the family's own pattern.
+    "gemma3": (
+        "gemma3_text",
+        {
+            "num_hidden_layers": 7,
+            "head_dim": 12,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 7,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3-types": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 9,
+            "sliding_window": 16,
+            "layer_types": ["full_attention", *["sliding_attention"] * 2, "full_attention"],
+            "tie_word_embeddings": False,
+        },
+    ),
+    "phi3": ("phi3", {}),
+    "phi3-window": ("phi3", {"sliding_window": 16, "tie_word_embeddings": True}),
+    "olmo2": ("olmo2", {}),
+    "olmo2-bias": ("olmo2", {"attention_bias": True, "num_key_value_heads": 4}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.21,
+            "residual_multiplier": 0.37,
+            "logits_scaling": 2.5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite-bias": (
+        "granite",
+        {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "embedding_multiplier": 0.3,
+            "attention_multiplier": 0.5,
+            "residual_multiplier": 1.9,
+            "logits_scaling": 3.0,
+        },
+    ),
+}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+_FACTORS = {
+    "short_factor": [1.0, 1.05, 1.3, 2.0],
+    "long_factor": [1.1, 1.9, 4.5, 9.0],
+}
+#: RoPE variants by name: `rope_parameters` beside `rope_theta`. A context of 512 is beyond the
+#: original 64 of "longrope", so its long factors hold, and within that of "longrope-short".
+ROPES: dict[str, dict[str, object]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 8.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": _YARN,
+    "yarn-betas": _YARN | {"beta_fast": 6.0, "beta_slow": 1.5, "truncate": False},
+    "yarn-mscale": _YARN | {"beta_fast": 8, "mscale": 0.7, "mscale_all_dim": 1.3},
+    "yarn-factor": _YARN | {"beta_fast": 5, "attention_factor": 1.4},
+    "longrope": {"rope_type": "longrope", "original_max_position_embeddings": 64} | _FACTORS,
+    "longrope-short": {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": 512,
+        "factor": 4.0,
+        **_FACTORS,
+    },
+    "partial": {"rope_type": "default", "partial_rotary_factor": 0.75},
+    "partial-longrope": {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": 64,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.05, 1.3],
+        "long_factor": [1.1, 1.9, 4.5],
+    },
+}
+#: Every family's variants with a RoPE that its models are published with, and every RoPE.
+VARIANTS = [
+    ("llama", "default"),
+    ("llama", "linear"),
+    ("llama", "llama3"),
+    ("llama", "longrope"),
+    ("llama-bias", "yarn-betas"),
+    ("mistral", "default"),
+    ("mistral", "yarn"),
+    ("mistral-window", "default"),
+    ("qwen2", "yarn"),
+    ("qwen2", "yarn-factor"),
+    ("qwen2", "llama3"),
+    ("qwen2-window", "default"),
+    ("qwen3", "default"),
+    ("qwen3", "llama3"),
+    ("qwen3", "yarn-mscale"),
+    ("qwen3-window", "linear"),
+    ("smollm3", "default"),
+    ("smollm3", "yarn"),
+    ("smollm3-window", "linear"),
+    ("gemma3", "default"),
+    ("gemma3", "linear"),
+    ("gemma3-types", "linear"),
+    ("phi3", "default"),
+    ("phi3", "partial"),
+    ("phi3", "longrope"),
+    ("phi3", "longrope-short"),
+    ("phi3-window", "default"),
+    ("phi3-window", "partial-longrope"),
+    ("olmo2", "default"),
+    ("olmo2-bias", "llama3"),
+    ("granite", "default"),
+    ("granite-bias", "linear"),
+]
+#: One of each family, for what costs more: windows beside global layers and without, no RoPE,
+#: sandwich norms, partial rotation, norms over all heads, multipliers.
+FEW = [
+    ("llama", "llama3"),
+    ("mistral-window", "default"),
+    ("qwen2-window", "default"),
+    ("qwen3-window", "linear"),
+    ("smollm3-window", "linear"),
+    ("gemma3", "linear"),
+    ("phi3-window", "partial-longrope"),
+    ("olmo2", "default"),
+    ("granite", "default"),
+]
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -60,25 +228,19 @@ def make_tokenizer(
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def tiny_config(family: str, rope: str = "default", *, tied: bool = False, **overrides):
-    """transformers' config of a tiny model of `family`; "llama-bias" has biases everywhere."""
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+def tiny_config(family: str, rope: str = "default", *, tied: bool | None = None, **overrides):
+    """transformers' config of a tiny model: a variant of `FAMILIES` with one of `ROPES`.
 
-    kind, extra = {
-        "llama": (LlamaConfig, {}),
-        "llama-bias": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
-        "qwen2": (Qwen2Config, {}),
-        "qwen3": (Qwen3Config, {"head_dim": 16}),
-    }[family]
-    rope_parameters = {"rope_type": "default", "rope_theta": 1000.0}
-    if rope == "llama3":
+    `tied`: whether the embeddings are tied, if not as the variant has it.
+    """
+    from transformers import CONFIG_MAPPING
+
+    model_type, extra = FAMILIES[family]
+    rope_parameters = {"rope_theta": 1000.0} | ROPES[rope]
+    if model_type == "gemma3_text":
         rope_parameters = {
-            "rope_type": "llama3",
-            "rope_theta": 1000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
+            "sliding_attention": dict(_GEMMA_LOCAL),
+            "full_attention": rope_parameters,
         }
     options = {
         "vocab_size": 400,
@@ -90,12 +252,19 @@ def tiny_config(family: str, rope: str = "default", *, tied: bool = False, **ove
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5,
         "rope_parameters": rope_parameters,
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    return kind(**(options | extra | overrides))
+    options |= extra
+    if model_type == "phi3":
+        # This family keeps it beside `rope_parameters`, and there it has precedence.
+        original = ROPES[rope].get("original_max_position_embeddings", 512)
+        options["original_max_position_embeddings"] = original
+    if tied is not None:
+        options["tie_word_embeddings"] = tied
+    return CONFIG_MAPPING[model_type](**copy.deepcopy(options | overrides))
 
 
 def make_tiny_model(
@@ -117,10 +286,12 @@ def make_tiny_model(
 def randomise(hf: torch.nn.Module, seed: int) -> None:
     """Random everything: matrices of about unit gain, norm weights around 1, biases around 0."""
     generator = torch.Generator().manual_seed(seed)
+    # Gemma stores w and multiplies by 1 + w.
+    centre = 0.0 if hf.config.model_type.startswith("gemma") else 1.0
     for name, parameter in hf.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name:
-            parameter.copy_(1 + 0.3 * noise)
+            parameter.copy_(centre + 0.3 * noise)
         elif name.endswith("bias"):
             parameter.copy_(0.3 * noise)
         elif "embed" in name or "lm_head" in name:
@@ -130,7 +301,12 @@ def randomise(hf: torch.nn.Module, seed: int) -> None:
 
 
 def reference_model(folder: Path, dtype: torch.dtype = torch.float64, attention: str = "sdpa"):
-    """transformers' model; in float64 its norms, which it computes in float32, are float64 too."""
+    """transformers' model; in float64 what it computes in float32 is float64 too, but for angles.
+
+    Norms are replaced, and Gemma's factor of the embeddings, a float32 number, is the exact square
+    root. Angles, cosines and sines stay float32 as they are in every implementation, so that a
+    comparison tells of everything else.
+    """
     from transformers import AutoModelForCausalLM
 
     hf = AutoModelForCausalLM.from_pretrained(
@@ -141,13 +317,18 @@ def reference_model(folder: Path, dtype: torch.dtype = torch.float64, attention:
         for module in hf.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = _norm_of(module)
+            if hasattr(module, "scalar_embed_scale"):
+                module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=dtype)
     return hf
 
 
 def _norm_of(module: torch.nn.Module):
+    gemma = type(module).__name__.startswith("Gemma")
+    eps = module.eps if gemma else module.variance_epsilon
+
     def forward(x: torch.Tensor) -> torch.Tensor:
-        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
-        return module.weight * (x * scale)
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+        return (1 + module.weight if gemma else module.weight) * (x * scale)
 
     return forward
 
@@ -159,11 +340,12 @@ def token_ids(n: int, seed: int = 0, vocab: int = 400) -> list[int]:
 
 
 class TinyModels:
-    """Folders of tiny models under one root, each made once."""
+    """Folders of tiny models under one root, and references of them, each made once."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._made: dict[str, Path] = {}
+        self._references: dict[Path, torch.nn.Module] = {}
 
     def __call__(self, family: str = "llama", rope: str = "default", **options) -> Path:
         name = "-".join([family, rope, *(f"{k}={v}" for k, v in sorted(options.items()))])
@@ -171,3 +353,9 @@ class TinyModels:
             folder = self._root / f"model-{len(self._made)}"
             self._made[name] = make_tiny_model(folder, family, rope, **options)
         return self._made[name]
+
+    def reference(self, folder: Path) -> torch.nn.Module:
+        """`reference_model` in float64; do not change it."""
+        if folder not in self._references:
+            self._references[folder] = reference_model(folder)
+        return self._references[folder]
