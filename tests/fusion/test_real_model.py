@@ -1,4 +1,4 @@
-"""Invariant 1 on SmolLM2-135M-Instruct in float32: fusion where it must equal full prefill."""
+"""Invariant 1 on the packaged models in float32: fusion where it must equal full prefill."""
 
 from __future__ import annotations
 
@@ -18,24 +18,27 @@ pytestmark = pytest.mark.models
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 
 
-@pytest.fixture(scope="module")
-def folder(models_dir):
-    return model_folder("smollm2-135m", models_dir)
-
-
-def test_exact_strategies_are_as_near_as_transformers_to_itself(folder):
+@pytest.mark.parametrize(
+    ("name", "before", "behind"),
+    [
+        ("smollm2-135m", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+        # Its windows are longer than a chunk and shorter than the prompt.
+        ("gemma3-270m", "<bos>", "\nAnswer:"),
+    ],
+    ids=["smollm2", "gemma3"],
+)
+def test_exact_strategies_are_as_near_as_transformers_to_itself(models_dir, name, before, behind):
     """No further from sdpa than three times the distance of sdpa and eager, on the same ids."""
     from transformers import AutoModelForCausalLM
 
+    folder = model_folder(name, models_dir)
     room = Room(folder, dtype=torch.float32)
     tokenizer = room.model.tokenizer
-    prefix = tokenizer.encode_template("<|im_start|>user\nPassages:\n\n")
+    prefix = tokenizer.encode_template(f"{before}Passages:\n\n")
     room.blocks.prefix_ids = tuple(prefix)
     ids = tokenizer.encode(TEXT)
-    chunks = [ids[i : i + 120] for i in range(0, 480, 120)]
-    question = tokenizer.encode_template(
-        "Question: May I sell it?<|im_end|>\n<|im_start|>assistant\n"
-    )
+    chunks = [ids[i : i + 150] for i in range(0, 600, 150)]
+    question = tokenizer.encode_template(f"Question: May I sell it?{behind}")
     cases = [
         (chunks, CacheBlend(ratio=1.0)),
         (chunks, Full()),
@@ -54,13 +57,13 @@ def test_exact_strategies_are_as_near_as_transformers_to_itself(folder):
         for some, _ in cases:
             prompt = room.prompt(some, question, prefix).token_ids
             with torch.inference_mode():
-                rows.append(hf(torch.tensor([prompt])).logits[0])
+                rows.append(hf(torch.tensor([prompt]), logits_to_keep=1).logits[0])
         del hf
     for (_, strategy), logits, sdpa, eager in zip(
         cases, ours, theirs["sdpa"], theirs["eager"], strict=True
     ):
         bound = 3 * (sdpa - eager).abs().max()
-        distance = (logits - sdpa[-1:]).abs().max()
+        distance = (logits - sdpa).abs().max()
         assert distance <= bound, f"{strategy}: {distance:.2e}, allowed {bound:.2e}"
     # And reuse of several chunks is not exact, or the others would show nothing.
     reused = room.run(chunks, Reuse(), prefix=prefix, question=question).logits
