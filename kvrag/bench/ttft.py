@@ -24,6 +24,8 @@ from kvrag.passages import passage_chunks
 __all__ = ["TtftOptions", "run"]
 
 STRATEGIES = ("full", "reuse", "cacheblend")
+#: No answer has it. Without it, answers of models without a chat template end with a paragraph.
+_NEVER = "\u2063never\u2063"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ def run(engine: Engine, options: TtftOptions) -> dict[str, Any]:
                     strategy=name,
                     ratio=options.ratio,
                     max_tokens=options.new_tokens,
+                    stop=_NEVER,
                 )
                 first = answer.report.ttft_s
                 # The end token takes a step, too, and is no part of the answer.
