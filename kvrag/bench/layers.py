@@ -60,7 +60,7 @@ def run(engine: Engine, path: Path, options: FidelityOptions) -> dict[str, Any]:
     kl = {name: interval(values, groups) for name, values in scores.items()}
     # (layers, K and V)
     deviation = np.mean(stale, axis=0)
-    windows = [layer.window for layer in layers]
+    windows = list(engine.model.decoder.config.windows)
     result = {
         "benchmark": "layers",
         "data": path.stem,
@@ -91,10 +91,10 @@ def _mean_deviation(deviation: Any, layers: frozenset[int]) -> tuple[str, str]:
 
 def _sets(engine: Engine) -> dict[str, frozenset[int]]:
     """Named sets of layers to mend: by kind, by third, and each alone."""
-    layers = engine.model.decoder.layers
-    count = len(layers)
+    windows = engine.model.decoder.config.windows
+    count = len(windows)
     everywhere = frozenset(range(count))
-    windowed = frozenset(layer.index for layer in layers if layer.window is not None)
+    windowed = frozenset(index for index, window in enumerate(windows) if window is not None)
     sets = {"no layer (reuse)": frozenset[int](), "all layers": everywhere}
     if 0 < len(windowed) < count:
         sets |= {"global layers": everywhere - windowed, "window layers": windowed}
@@ -148,6 +148,8 @@ def _staleness(item: _Item, layer: int) -> tuple[float, float]:
     """Relative squared deviation of the stored K and V of the tokens that could need repair."""
     prompt, cache = item.full.prompt, item.full.cache
     begin, end = prompt.repairable_start, prompt.question_start
+    if begin == end:
+        return 0.0, 0.0
     k, v = (
         float((stored - true).square().sum() / true.square().sum())
         for stored, true in (

@@ -104,13 +104,13 @@ class FusionStrategy(ABC):
         if not number or not 0.0 <= self.ratio <= 1.0:
             raise InputError(f"ratio is {self.ratio!r}; it must lie between 0 and 1")
 
-    @abstractmethod
     def first_chunks(self, decoder: Decoder, prompt: Prompt) -> list[int]:
         """For each layer the index of the first chunk whose stored KV the run will ask for.
 
-        Chunks before it lie outside the layer's window for every row that may be computed: they
-        are not loaded there.
+        Where a strategy says so, chunks before it, which lie outside the layer's window for every
+        row that may be computed, are not loaded there.
         """
+        return [0] * len(decoder.layers)
 
     @abstractmethod
     def start(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kvrag.errors import ModelError, UnsupportedModelError
-from kvrag.models.config_values import object_of, positive, size, token_id_list
+from kvrag.models.config_values import flag, object_of, positive, size, token_id_list
 from kvrag.models.families import FAMILIES, FULL, SLIDING, Family, Norms, family_of
 from kvrag.models.rope_config import RopeConfig, read_rope
 
@@ -78,6 +78,14 @@ class ModelConfig:
         """Numbers of K and V that one token leaves in all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer the window; None also where no prompt can reach beyond it."""
+        return tuple(
+            None if layer.window is None or layer.window >= self.max_positions else layer.window
+            for layer in self.layers
+        )
+
     @classmethod
     def from_hf(
         cls, config: Mapping[str, Any], *, context_length: int | None = None
@@ -86,7 +94,8 @@ class ModelConfig:
 
         Args:
             context_length: most positions that a prompt and its answer may take together; None
-                for all that the model has.
+                for what the config says. YaRN reaches further, up to its factor times the context
+                of pre-training.
 
         Raises:
             UnsupportedModelError: family, RoPE variant, activation or option not implemented, or
@@ -95,7 +104,7 @@ class ModelConfig:
         """
         name = config.get("model_type")
         family = family_of(name)
-        config = {**family.defaults, **_text_part(config)}
+        config = _with_defaults(family, _text_part(config))
         _refuse_options(config)
         hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
         kv_heads = size(config, "num_key_value_heads", heads)
@@ -106,14 +115,9 @@ class ModelConfig:
         head_dim = size(config, "head_dim", hidden // heads)
         if head_dim % 2:
             raise UnsupportedModelError(f"head_dim {head_dim} is odd; RoPE turns pairs")
-        attention_bias = bool(config.get("attention_bias", False))
-        max_positions = size(config, "max_position_embeddings")
-        if context_length is not None:
-            if not 1 <= context_length <= max_positions:
-                raise ModelError(
-                    f"context_length is {context_length}; the model has {max_positions} positions"
-                )
-            max_positions = context_length
+        attention_bias = flag(config, "attention_bias")
+        ropes = _rope_parameters(family, config)
+        max_positions = _max_positions(config, ropes[FULL], context_length)
         return cls(
             family=str(name),
             hidden_size=hidden,
@@ -128,17 +132,17 @@ class ModelConfig:
             norm_offset=family.norm_offset,
             qk_norm=family.qk_norm,
             activation=_activation(config),
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tied_embeddings=flag(config, "tie_word_embeddings"),
             fused_weights=family.fused_weights,
             qkv_bias=family.attention_bias == "qkv"
             or (family.attention_bias == "config" and attention_bias),
             output_bias=family.attention_bias == "config" and attention_bias,
-            mlp_bias=family.mlp_bias and bool(config.get("mlp_bias", False)),
+            mlp_bias=family.mlp_bias and flag(config, "mlp_bias"),
             attention_scale=_attention_scale(family, config, head_dim),
             embedding_scale=_embedding_scale(family, config, hidden),
             residual_scale=_multiplier(family, config, "residual_multiplier"),
             logits_scaling=_multiplier(family, config, "logits_scaling"),
-            layers=_layers(family, config, head_dim, max_positions),
+            layers=_layers(family, config, ropes, head_dim, max_positions),
             eos_token_ids=token_id_list(config.get("eos_token_id")),
         )
 
@@ -148,8 +152,41 @@ def _text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     text = object_of(config, "text_config")
     if not text:
         return dict(config)
+    part = text.get("model_type")
+    if part is not None and family_of(part) is not family_of(config.get("model_type")):
+        raise UnsupportedModelError(
+            f"text_config is of the family {part!r}, but the model of {config['model_type']!r}"
+        )
     shared = ("tie_word_embeddings", "eos_token_id", "quantization_config")
     return text | {key: config[key] for key in shared if config.get(key) is not None}
+
+
+def _with_defaults(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The family's defaults where an entry is missing or null.
+
+    Null means something for the window alone: there is none.
+    """
+    given = {
+        name: value
+        for name, value in config.items()
+        if value is not None or name == "sliding_window"
+    }
+    return {**family.defaults, **given}
+
+
+def _max_positions(
+    config: Mapping[str, Any], rope: Mapping[str, Any], context_length: int | None
+) -> int:
+    most = size(config, "max_position_embeddings")
+    if context_length is None:
+        return most
+    if rope.get("rope_type", rope.get("type")) == "yarn":
+        # As published, such configs still name the context of pre-training.
+        original = size(rope, "original_max_position_embeddings", most)
+        most = max(most, int(original * positive(rope, "factor", 1.0)))
+    if not 1 <= context_length <= most:
+        raise ModelError(f"context_length is {context_length}; the model has {most} positions")
+    return context_length
 
 
 def _refuse_options(config: Mapping[str, Any]) -> None:
@@ -161,7 +198,7 @@ def _refuse_options(config: Mapping[str, Any]) -> None:
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if config.get(name) is not None:
             raise UnsupportedModelError(f"{name} ({config[name]!r}) is not supported")
-    if config.get("use_bidirectional_attention"):
+    if flag(config, "use_bidirectional_attention"):
         raise UnsupportedModelError(
             "use_bidirectional_attention is not supported: a token would see its future"
         )
@@ -197,7 +234,11 @@ def _multiplier(family: Family, config: Mapping[str, Any], name: str) -> float:
 
 
 def _layers(
-    family: Family, config: Mapping[str, Any], head_dim: int, context_length: int
+    family: Family,
+    config: Mapping[str, Any],
+    rope_parameters: Mapping[str, Mapping[str, Any]],
+    head_dim: int,
+    context_length: int,
 ) -> tuple[LayerConfig, ...]:
     count = size(config, "num_hidden_layers")
     types = family.layer_types(config, count)
@@ -210,8 +251,14 @@ def _layers(
     window = size(config, "sliding_window") if SLIDING in types else None
     ropes = {
         kind: read_rope(parameters, config, head_dim=head_dim, context_length=context_length)
-        for kind, parameters in _rope_parameters(family, config).items()
+        for kind, parameters in rope_parameters.items()
     }
+    turned = min(rope.rotary_dim for rope in ropes.values())
+    if turned < head_dim and not family.partial_rope:
+        raise UnsupportedModelError(
+            f"partial_rotary_factor ({turned} of {head_dim} dimensions) is not supported for "
+            f"{config.get('model_type')!r}, whose own code turns whole heads"
+        )
     return tuple(
         LayerConfig(rope=ropes[kind] if turns else None, window=window if kind == SLIDING else None)
         for kind, turns in zip(types, family.turning(config, count), strict=True)
@@ -226,24 +273,30 @@ def _rope_parameters(family: Family, config: Mapping[str, Any]) -> dict[str, dic
     never scaled.
     """
     given = object_of(config, "rope_parameters")
+    scaling = object_of(config, "rope_scaling")
     theta = config.get("rope_theta", 10000.0)
-    if FULL in given or SLIDING in given:
-        if not family.local_rope:
-            raise UnsupportedModelError(
-                f"RoPE parameters that differ by layer type ({', '.join(given)}) are not "
-                f"supported for {config.get('model_type')!r}"
-            )
-        both = {kind: object_of(given, kind) for kind in (FULL, SLIDING)}
-        both[FULL].setdefault("rope_theta", theta)
-        both[SLIDING].setdefault("rope_theta", config.get("rope_local_base_freq"))
-        return both
-    scaled = {"rope_theta": theta} | object_of(config, "rope_scaling") | given
+    by_type = FULL in given or SLIDING in given
+    if by_type and not family.local_rope:
+        raise UnsupportedModelError(
+            f"RoPE parameters that differ by layer type ({', '.join(given)}) are not "
+            f"supported for {config.get('model_type')!r}"
+        )
+    full = object_of(given, FULL) if by_type else given
+    if full and any(
+        full.get(name, value) != value or name not in full for name, value in scaling.items()
+    ):
+        raise UnsupportedModelError(
+            "the model's config has both rope_parameters and rope_scaling, and they differ: put "
+            f"the entries of rope_scaling ({', '.join(scaling)}) into rope_parameters"
+        )
+    scaled = {"rope_theta": theta} | scaling | full
     if config.get("model_type") == "phi3" and scaled.get("rope_type", scaled.get("type")) in (
         "su",
         "yarn",
     ):
         # Older configs of this family call its longrope so.
         scaled["rope_type"] = "longrope"
-    if family.local_rope:
-        return {FULL: scaled, SLIDING: {"rope_theta": config.get("rope_local_base_freq")}}
-    return {FULL: scaled, SLIDING: scaled}
+    if not family.local_rope:
+        return {FULL: scaled, SLIDING: scaled}
+    local = {"rope_theta": config.get("rope_local_base_freq")}
+    return {FULL: scaled, SLIDING: local | (object_of(given, SLIDING) if by_type else {})}

@@ -7,10 +7,11 @@ from typing import Any
 
 from kvrag.errors import UnsupportedModelError
 
-__all__ = ["object_of", "positive", "size", "token_id_list"]
+__all__ = ["flag", "object_of", "positive", "size", "token_id_list"]
 
 #: Larger ones are no setting of a model, and do not fit into what is calculated from them.
 _LARGEST = 1e30
+_LARGEST_SIZE = 2**31 - 1
 
 
 def size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
@@ -22,11 +23,12 @@ def size(config: Mapping[str, Any], name: str, default: int | None = None) -> in
     value = config.get(name)
     if value is None:
         value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise UnsupportedModelError(
-            f"{name} is {value!r} in the model's config; a positive whole number is needed"
-        )
-    return value
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST_SIZE:
+        return value
+    raise UnsupportedModelError(
+        f"{name} is {value!r} in the model's config; a positive whole number up to "
+        f"{_LARGEST_SIZE} is needed"
+    )
 
 
 def positive(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
@@ -42,6 +44,20 @@ def positive(config: Mapping[str, Any], name: str, default: float | None = None)
         return float(value)
     raise UnsupportedModelError(
         f"{name} is {value!r} in the model's config; a positive number is needed"
+    )
+
+
+def flag(config: Mapping[str, Any], name: str) -> bool:
+    """True or false; false where the entry is missing or null.
+
+    Raises:
+        UnsupportedModelError: it is something else.
+    """
+    value = config.get(name)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise UnsupportedModelError(
+        f"{name} is {value!r} in the model's config; true or false is needed"
     )
 
 

@@ -55,11 +55,17 @@ class Decoder:
         hidden, vocab = config.hidden_size, config.vocab_size
         embedding = weights.take("model.embed_tokens.weight", vocab, hidden)
         self._embedding = self._stored(embedding)
-        head = (
-            self._embedding
-            if config.tied_embeddings
-            else self._stored(weights.take("lm_head.weight", vocab, hidden))
-        )
+        head = self._embedding
+        if not config.tied_embeddings:
+            head = self._stored(weights.take("lm_head.weight", vocab, hidden))
+        elif "lm_head.weight" in weights:
+            stored = weights.take("lm_head.weight", vocab, hidden)
+            if not torch.equal(stored, embedding):
+                raise ModelError(
+                    "the config ties the head to the embedding (tie_word_embeddings), but the "
+                    "weights hold a tensor 'lm_head.weight' that differs from "
+                    "'model.embed_tokens.weight'"
+                )
         self._int8 = self._int8_products() if int8_decoding else None
         self._head, step_head = self._products(head, None)
         # A number of the compute dtype, as the families that scale were trained.

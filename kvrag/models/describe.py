@@ -39,7 +39,7 @@ def describe(config: ModelConfig, *, kv_itemsize: int) -> dict[str, Any]:
     window, where it is used by the window's tokens alone.
     """
     layers = range(config.num_layers)
-    windowed = [index for index in layers if config.layers[index].window is not None]
+    windowed = [index for index in layers if config.windows[index] is not None]
     kv_bytes = config.kv_elements_per_token * kv_itemsize
     return {
         "family": config.family,
@@ -57,7 +57,7 @@ def describe(config: ModelConfig, *, kv_itemsize: int) -> dict[str, Any]:
         "global_layers": config.num_layers - len(windowed),
         "windows": [
             {"window": window, "layers": found}
-            for window, found in _grouped(layer.window for layer in config.layers)
+            for window, found in _grouped(config.windows)
             if window is not None
         ],
         "rope": [
@@ -78,7 +78,7 @@ def sentences(facts: dict[str, Any]) -> dict[str, str]:
         seen.append(f"{facts['global_layers']} of {facts['layers']} layers see all tokens")
     seen += [
         f"{_named(entry['layers'])} see the last {entry['window']} tokens: chunks farther away "
-        "are neither loaded nor computed there"
+        "cost nothing there"
         for entry in facts["windows"]
     ]
     turned = [f"{_named(entry['layers'])}: {_rope_text(entry)}" for entry in facts["rope"]]

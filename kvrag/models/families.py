@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kvrag.errors import UnsupportedModelError
-from kvrag.models.config_values import size
+from kvrag.models.config_values import flag, size
 
 __all__ = ["FAMILIES", "FULL", "SLIDING", "Family", "Norms", "family_of"]
 
@@ -50,7 +50,7 @@ def _all_sliding(config: Mapping[str, Any], layers: int) -> list[str]:
 
 
 def _qwen(config: Mapping[str, Any], layers: int) -> list[str]:
-    if not config.get("use_sliding_window") or config.get("sliding_window") is None:
+    if not flag(config, "use_sliding_window") or config.get("sliding_window") is None:
         return [FULL] * layers
     if config.get("layer_types"):
         return _given(config, layers)
@@ -64,7 +64,7 @@ def _qwen(config: Mapping[str, Any], layers: int) -> list[str]:
 
 
 def _smollm3(config: Mapping[str, Any], layers: int) -> list[str]:
-    if not config.get("use_sliding_window") or config.get("sliding_window") is None:
+    if not flag(config, "use_sliding_window") or config.get("sliding_window") is None:
         return [FULL] * layers
     if config.get("layer_types"):
         return _given(config, layers)

@@ -65,7 +65,7 @@ class Layer:
         return self._heads("q", q), self._heads("k", k), self._heads("v", v)
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Q or K at its positions; unchanged where the layer has no RoPE."""
+        """Q or K at its positions; `x` itself where the layer has no RoPE."""
         return x if self._rope is None else self._rope.rotate(x, positions)
 
     def first_visible(self, position: int) -> int:

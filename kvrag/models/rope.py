@@ -19,6 +19,9 @@ from kvrag.models.rope_config import RopeConfig
 
 __all__ = ["Rope", "inverse_frequencies"]
 
+#: Positions in a table at first. Models of a million positions are seldom asked for all.
+_FIRST_POSITIONS = 8192
+
 
 def inverse_frequencies(config: RopeConfig) -> Tensor:
     """Radians a position for each pair of dimensions: float32 (rotary_dim / 2,)."""
@@ -64,7 +67,10 @@ def _yarn(config: RopeConfig, plain: Tensor, stretched: Tensor) -> Tensor:
 
 
 class Rope:
-    """Cosines and sines of positions 0 … `max_positions` - 1, made once for a model."""
+    """Cosines and sines of positions, computed once for a model as far as they are asked for.
+
+    Thread-safe: a longer table takes the place of the shorter one, with the same numbers in it.
+    """
 
     def __init__(
         self,
@@ -74,22 +80,39 @@ class Rope:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._dim = config.rotary_dim
-        angles = torch.outer(
-            torch.arange(max_positions, dtype=torch.float32), inverse_frequencies(config)
-        )
-        # Both halves turn by the same angles: (max_positions, rotary_dim).
-        cos = (angles.cos() * config.attention_factor).to(dtype)
-        self._cos = cos.repeat(1, 2).to(device)
-        sin = (angles.sin() * config.attention_factor).to(dtype).to(device)
-        # The sign of `rotate_half` is put into the table, so that rotating is two multiplications.
-        self._sin = torch.cat((-sin, sin), dim=-1)
+        self._config, self._max_positions = config, max_positions
+        self._dtype, self._device = dtype, device
+        self._tables = self._computed(min(_FIRST_POSITIONS, max_positions))
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Turn `x` (heads, n, head_dim) to `positions` int64 (n,); returns a new tensor."""
-        if x.shape[-1] > self._dim:
-            turned = self.rotate(x[..., : self._dim], positions)
-            return torch.cat((turned, x[..., self._dim :]), dim=-1)
-        half = self._dim // 2
+        """Turn `x` (heads, n, head_dim) to `positions`, int64 (n,), ascending; a new tensor."""
+        dim = self._config.rotary_dim
+        if x.shape[-1] > dim:
+            return torch.cat((self._turned(x[..., :dim], positions), x[..., dim:]), dim=-1)
+        return self._turned(x, positions)
+
+    def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
+        cos, sin = self._upto(int(positions[-1]) + 1 if len(positions) else 0)
+        half = x.shape[-1] // 2
         swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-        return torch.addcmul(x * self._cos[positions], swapped, self._sin[positions])
+        return torch.addcmul(x * cos[positions], swapped, sin[positions])
+
+    def _upto(self, length: int) -> tuple[Tensor, Tensor]:
+        tables = self._tables
+        if length > len(tables[0]):
+            tables = self._computed(min(max(length, 2 * len(tables[0])), self._max_positions))
+            self._tables = tables
+        return tables
+
+    def _computed(self, length: int) -> tuple[Tensor, Tensor]:
+        """(length, rotary_dim) each; both halves turn by the same angles.
+
+        The sign of `rotate_half` is put into the sines, so that rotating is two multiplications.
+        """
+        angles = torch.outer(
+            torch.arange(length, dtype=torch.float32), inverse_frequencies(self._config)
+        )
+        factor = self._config.attention_factor
+        cos = (angles.cos() * factor).to(self._device, self._dtype)
+        sin = (angles.sin() * factor).to(self._device, self._dtype)
+        return cos.repeat(1, 2), torch.cat((-sin, sin), dim=-1)

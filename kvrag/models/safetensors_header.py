@@ -86,10 +86,11 @@ def _tensors(path: Path, content: bytes) -> list[tuple[int, StoredTensor]]:
             if name == "__metadata__":
                 continue
             begin, end = entry["data_offsets"]
-            shape = tuple(int(size) for size in entry["shape"])
-            tensors.append(
-                (int(end), StoredTensor(path, name, str(entry["dtype"]), shape, end - begin))
-            )
+            shape = tuple(entry["shape"])
+            numbers = (*shape, begin, end - begin)
+            if any(type(number) is not int or number < 0 for number in numbers):
+                raise _damaged(path, f"the tensor {name!r} has an impossible shape or place")
+            tensors.append((end, StoredTensor(path, name, str(entry["dtype"]), shape, end - begin)))
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as exc:
         raise _damaged(path, f"its header cannot be read ({exc})") from exc
     return tensors

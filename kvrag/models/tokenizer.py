@@ -66,9 +66,7 @@ class Tokenizer:
         self._options = read_json(options) if options.exists() else {}
         self._chat_template = _chat_template(folder, self._options)
         self.bos_ids = self._leading_ids()
-        # What a prompt's layout depends on beside the ids themselves.
-        layout = str(self.bos_ids) if self._chat_template is None else self._chat_template
-        self.template_digest = hashlib.blake2b(layout.encode(), digest_size=16).hexdigest()
+        self.template_digest = self._layout_digest()
         self.digest = hashlib.blake2b(content, digest_size=16).hexdigest()
         self.vocab_size: int = self._plain.get_vocab_size(with_added_tokens=True)
 
@@ -163,6 +161,15 @@ class Tokenizer:
         """
         return FastTokenizer.from_str(self._plain.to_str())
 
+    def _layout_digest(self) -> str:
+        """Of what a prompt's layout depends on beside the ids themselves."""
+        if self._chat_template is None:
+            layout = [str(self.bos_ids)]
+        else:
+            named = (_token_text(self._options.get(name)) for name in _NAMED_TOKENS)
+            layout = [self._chat_template, *named]
+        return hashlib.blake2b(json.dumps(layout).encode(), digest_size=16).hexdigest()
+
     def _leading_ids(self) -> tuple[int, ...]:
         """By the post-processor of tokenizer.json, else by what tokenizer_config.json asks for."""
         encoded = self._plain.encode("a")
@@ -223,8 +230,20 @@ def _token_text(value: Any) -> str:
 def _chat_template(folder: Path, options: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        try:
+            content = path.read_bytes()
+            if is_lfs_pointer(content):
+                raise ModelError(f"{path} is a Git LFS pointer, not the template")
+            return content.decode()
+        except (OSError, UnicodeDecodeError) as exc:
+            raise ModelError(f"{path} cannot be read as text: {exc}") from exc
     template = options.get("chat_template")
     if isinstance(template, list):  # several named ones
-        template = {item["name"]: item["template"] for item in template}.get("default")
+        try:
+            template = {item["name"]: item["template"] for item in template}.get("default")
+        except (LookupError, TypeError) as exc:
+            raise ModelError(
+                f"{folder / 'tokenizer_config.json'} has a chat_template that is neither a text "
+                "nor a list of objects with name and template"
+            ) from exc
     return template if isinstance(template, str) else None

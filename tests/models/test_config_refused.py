@@ -403,3 +403,58 @@ def test_an_odd_head_dim_is_refused():
     """A rotation pairs the two halves of a head; with 9 dimensions it fails in the first layer."""
     with pytest.raises(UnsupportedModelError, match="head_dim"):
         ModelConfig.from_hf(config(head_dim=9))
+
+
+@pytest.mark.parametrize("family", [name for name in TINY if not name.startswith("phi3")])
+def test_half_turned_heads_are_refused_where_the_familys_code_turns_whole_ones(family):
+    refused(config(family) | {"partial_rotary_factor": 0.5}, "partial_rotary_factor", "whole heads")
+
+
+def test_scaling_beside_other_rope_parameters_is_refused():
+    """transformers takes the one, others the other: neither is what the author can mean."""
+    raw = config("qwen3")
+    scaling = {"rope_type": "yarn", "factor": 4.0}
+    refused(raw | {"rope_scaling": scaling}, "rope_scaling", "rope_parameters")
+    both = raw | {"rope_scaling": dict(raw["rope_parameters"])}
+    assert ModelConfig.from_hf(both) == ModelConfig.from_hf(raw)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "tie_word_embeddings"),
+        ("llama", "attention_bias"),
+        ("llama", "mlp_bias"),
+        ("qwen2-window", "use_sliding_window"),
+        ("gemma3", "use_bidirectional_attention"),
+    ],
+)
+@pytest.mark.parametrize("value", ["false", 0, 1, []])
+def test_a_flag_is_true_or_false(family, name, value):
+    refused(config(family) | {name: value}, name, repr(value))
+
+
+def test_the_text_part_is_of_the_models_family():
+    raw = copy.deepcopy(PUBLISHED["gemma-3-4b-it"])
+    raw["text_config"]["model_type"] = "llama"
+    refused(raw, "text_config", "'llama'", "'gemma3'")
+
+
+def test_yarn_reaches_further_than_the_config_says():
+    raw = config("qwen2") | {
+        "max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    }
+    assert ModelConfig.from_hf(raw).max_positions == 64
+    assert ModelConfig.from_hf(raw, context_length=256).max_positions == 256
+    refused(raw, "257", "256", context_length=257)
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "hidden_size", "vocab_size"])
+def test_a_size_beyond_any_model_is_refused(name):
+    refused(config("llama") | {name: 10**13}, name)

@@ -54,8 +54,7 @@ def test_facts_of_windows_and_rope():
     said = sentences(facts)
     assert said["windows"].splitlines() == [
         "2 of 14 layers see all tokens",
-        "layers 0-4, 6-10, 12-13 see the last 512 tokens: chunks farther away are neither loaded "
-        "nor computed there",
+        "layers 0-4, 6-10, 12-13 see the last 512 tokens: chunks farther away cost nothing there",
     ]
     assert said["rope"].splitlines() == [
         "layers 0-4, 6-10, 12-13: default (theta 10000, rotary dim 64)",

@@ -237,3 +237,22 @@ def test_rotate_leaves_its_input(rotary_dim):
     assert torch.equal(k, before)
     turned.zero_()
     assert torch.equal(k, before)
+
+
+def test_a_table_grows_with_what_is_asked_of_it():
+    """And gives the same numbers in whatever order it grew."""
+    config = RopeConfig("default", 1e4, 8)
+
+    def table():
+        return Rope(config, 100_000, dtype=torch.float32, device=CPU)
+
+    x = torch.randn(2, 3, 8)
+    far = torch.tensor([1, 9_000, 99_999])
+    near = torch.tensor([0, 1, 8_191])
+    grown = table()
+    first = grown.rotate(x, near)
+    assert torch.equal(grown.rotate(x, far), table().rotate(x, far))
+    assert torch.equal(grown.rotate(x, near), first)
+    assert grown.rotate(x[:, :0], far[:0]).shape == (2, 0, 8)
+    with pytest.raises(IndexError):
+        grown.rotate(x, far + 1)

@@ -283,3 +283,32 @@ def test_streams_do_not_mix(tokenizer):
     one, two = tokenizer.stream(), tokenizer.stream()
     both = [(one.push(token_id), two.push(token_id)) for token_id in ids]
     assert "".join(a for a, _ in both) == "".join(b for _, b in both) == "東京😀"
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe{{ messages }}", b"version https://git-lfs.github.com/spec/v1\n"]
+)
+def test_a_template_file_that_is_no_text(tmp_path, content):
+    make_tokenizer(tmp_path, template=None)
+    (tmp_path / "chat_template.jinja").write_bytes(content)
+    with pytest.raises(ModelError, match=r"chat_template\.jinja"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("template", [[{"x": 1}], ["x"], [None]])
+def test_a_list_of_templates_that_is_none(tmp_path, template):
+    make_tokenizer(tmp_path, template=None)
+    options = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(options | {"chat_template": template})
+    )
+    with pytest.raises(ModelError, match="chat_template"):
+        Tokenizer(tmp_path)
+
+
+def test_the_layout_depends_on_the_named_tokens(tmp_path):
+    digests = set()
+    for number, bos in enumerate(("<|endoftext|>", "<|im_start|>")):
+        make_tokenizer(tmp_path / str(number), bos_token=bos)
+        digests.add(Tokenizer(tmp_path / str(number)).template_digest)
+    assert len(digests) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from kvrag.errors import ModelError, ModelNotFoundError, UnsupportedModelError
-from kvrag.models.folder import INDEX, missing_files
+from kvrag.models.folder import INDEX, missing_files, read_json
+from kvrag.models.source import open_model
 from kvrag.models.weights import Weights
 
 POINTER = (
@@ -476,3 +478,30 @@ def test_a_tensor_that_torch_cannot_hold(folder):
     (folder / "model.safetensors").write_bytes(with_header(header, bytes(2)))
     with pytest.raises(ModelError, match=r"model\.safetensors"):
         Weights(folder).take("a", 4)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, math.inf]},
+        {"dtype": "F32", "shape": [math.inf], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 8.0]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]},
+    ],
+)
+def test_impossible_places_in_a_header(folder, entry):
+    (path,) = folder.glob("*.safetensors")
+    path.write_bytes(with_header({"a": entry}, bytes(8)))
+    with pytest.raises(ModelError, match=r"damaged.*'a'"):
+        Weights(folder)
+
+
+def test_a_head_that_is_tied_and_differs(tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("llama"), folder)
+    raw = read_json(folder / "config.json")
+    assert not raw["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
+    with pytest.raises(ModelError, match=r"tie_word_embeddings.*lm_head\.weight"):
+        open_model(str(folder), tmp_path, dtype=torch.float32)

@@ -99,10 +99,10 @@ class GGUFFile:
                 f"{self.name}: tensor {name!r} has the unknown quantisation {number}"
             ) from exc
         block, block_bytes = GGML_QUANT_SIZES[quantisation]
-        if not shape or shape[-1] % block:
+        if not shape or 0 in shape or shape[-1] % block:
             raise ModelError(
-                f"{self.name}: tensor {name!r} has shape {shape}, whose rows are no multiple of "
-                f"the {block} elements of a {quantisation.name} block"
+                f"{self.name}: tensor {name!r} has shape {shape}, whose rows are no multiple, 1 "
+                f"or more, of the {block} elements of a {quantisation.name} block"
             )
         elements = 1
         for size in shape:

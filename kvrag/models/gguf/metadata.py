@@ -138,7 +138,7 @@ class Metadata:
         for key, value in self.fields.items():
             if key.startswith(prefix) and key.removeprefix(prefix) not in self._read:
                 raise self._unsupported(key.removeprefix(prefix), value)
-        if (parts := self.fields.get("split.count", 1)) > 1:
+        if (parts := self.fields.get("split.count", 1)) not in (0, 1):
             raise UnsupportedModelError(
                 f"{self.file} is one of {parts} files of a model; join them with "
                 "`llama-gguf-split --merge`"

@@ -37,7 +37,8 @@ def sentencepiece_tokenizer(metadata: Metadata) -> Tokenizer:
         UnsupportedModelError: a normalisation that is not supported.
         ModelError: tokens or scores are missing or malformed.
     """
-    if any(metadata.fields.get("tokenizer.ggml.precompiled_charsmap") or ()):
+    charsmap = metadata.fields.get("tokenizer.ggml.precompiled_charsmap")
+    if any(charsmap) if isinstance(charsmap, list) else charsmap is not None:
         raise UnsupportedModelError(
             f"{metadata.file}: tokenizer.ggml.precompiled_charsmap is not supported; "
             "use the model's Hugging Face folder"
@@ -80,8 +81,18 @@ def sentencepiece_tokenizer(metadata: Metadata) -> Tokenizer:
     return tokenizer
 
 
+#: Characters of a piece; trained vocabularies have a few dozen.
+_LONGEST_PIECE = 1000
+
+
 def _merges(file: str, normal: Mapping[str, float]) -> list[tuple[str, str]]:
     """All pairs that make a piece, best piece first; `normal` is the score by piece."""
+    longest = max(normal, key=len, default="")
+    if len(longest) > _LONGEST_PIECE:
+        raise UnsupportedModelError(
+            f"{file}: its tokenizer has a token of {len(longest)} characters ({longest[:20]!r} …), "
+            f"and {_LONGEST_PIECE} are supported"
+        )
     ranked = sorted(normal, key=normal.__getitem__, reverse=True)
     merges = {
         piece: [

@@ -242,3 +242,27 @@ def test_folder_for_converted_models_that_cannot_be_made(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match="file"):
         convert_gguf(tmp_path / "tiny.gguf", tmp_path / "file" / "converted")
+
+
+def test_a_token_of_a_whole_page_is_refused_at_once(tiny, tmp_path):
+    """All cuts of a piece are looked at: that takes the square of its length."""
+    tokens = ["<unk>", "<s>", "</s>", *(chr(0x4E00 + n) for n in range(396)), "a" * 100_000]
+    path = tmp_path / "tiny.gguf"
+    tiny_gguf(
+        tiny,
+        path,
+        tokenizer={
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.pre": "default",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.scores": [-float(n) for n in range(400)],
+            "tokenizer.ggml.token_type": [2, 3, 3, *[1] * 397],
+        },
+    )
+    refused(path, tmp_path, UnsupportedModelError, "100000 characters")
+
+
+def test_a_count_of_parts_that_is_none(tiny, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    tiny_gguf(tiny, path, extra={"split.count": "two"})
+    refused(path, tmp_path, UnsupportedModelError, "two")
