@@ -10,7 +10,7 @@ from typing import Any, Literal
 from kvrag.errors import ModelError, UnsupportedModelError
 from kvrag.models.config_values import flag, object_of, positive, size, token_id_list
 from kvrag.models.families import FAMILIES, FULL, SLIDING, Family, Norms, family_of
-from kvrag.models.rope_config import RopeConfig, read_rope
+from kvrag.models.rope_config import RopeConfig, read_rope, rope_parameters
 
 __all__ = [
     "ACTIVATIONS",
@@ -116,7 +116,7 @@ class ModelConfig:
         if head_dim % 2:
             raise UnsupportedModelError(f"head_dim {head_dim} is odd; RoPE turns pairs")
         attention_bias = flag(config, "attention_bias")
-        ropes = _rope_parameters(family, config)
+        ropes = rope_parameters(family, config)
         max_positions = _max_positions(config, ropes[FULL], context_length)
         return cls(
             family=str(name),
@@ -236,7 +236,7 @@ def _multiplier(family: Family, config: Mapping[str, Any], name: str) -> float:
 def _layers(
     family: Family,
     config: Mapping[str, Any],
-    rope_parameters: Mapping[str, Mapping[str, Any]],
+    parameters_by_type: Mapping[str, Mapping[str, Any]],
     head_dim: int,
     context_length: int,
 ) -> tuple[LayerConfig, ...]:
@@ -251,7 +251,7 @@ def _layers(
     window = size(config, "sliding_window") if SLIDING in types else None
     ropes = {
         kind: read_rope(parameters, config, head_dim=head_dim, context_length=context_length)
-        for kind, parameters in rope_parameters.items()
+        for kind, parameters in parameters_by_type.items()
     }
     turned = min(rope.rotary_dim for rope in ropes.values())
     if turned < head_dim and not family.partial_rope:
@@ -263,40 +263,3 @@ def _layers(
         LayerConfig(rope=ropes[kind] if turns else None, window=window if kind == SLIDING else None)
         for kind, turns in zip(types, family.turning(config, count), strict=True)
     )
-
-
-def _rope_parameters(family: Family, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """RoPE parameters by layer type, from any of the spellings.
-
-    `rope_parameters` (transformers 5) may hold one set or one a layer type; before there were
-    `rope_theta` and `rope_scaling`, and `rope_local_base_freq` for sliding layers, which were
-    never scaled.
-    """
-    given = object_of(config, "rope_parameters")
-    scaling = object_of(config, "rope_scaling")
-    theta = config.get("rope_theta", 10000.0)
-    by_type = FULL in given or SLIDING in given
-    if by_type and not family.local_rope:
-        raise UnsupportedModelError(
-            f"RoPE parameters that differ by layer type ({', '.join(given)}) are not "
-            f"supported for {config.get('model_type')!r}"
-        )
-    full = object_of(given, FULL) if by_type else given
-    if full and any(
-        full.get(name, value) != value or name not in full for name, value in scaling.items()
-    ):
-        raise UnsupportedModelError(
-            "the model's config has both rope_parameters and rope_scaling, and they differ: put "
-            f"the entries of rope_scaling ({', '.join(scaling)}) into rope_parameters"
-        )
-    scaled = {"rope_theta": theta} | scaling | full
-    if config.get("model_type") == "phi3" and scaled.get("rope_type", scaled.get("type")) in (
-        "su",
-        "yarn",
-    ):
-        # Older configs of this family call its longrope so.
-        scaled["rope_type"] = "longrope"
-    if not family.local_rope:
-        return {FULL: scaled, SLIDING: scaled}
-    local = {"rope_theta": config.get("rope_local_base_freq")}
-    return {FULL: scaled, SLIDING: local | (object_of(given, SLIDING) if by_type else {})}

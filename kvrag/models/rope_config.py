@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvrag.errors import UnsupportedModelError
-from kvrag.models.config_values import positive, size
+from kvrag.models.config_values import object_of, positive, size
+from kvrag.models.families import FULL, SLIDING, Family
 
-__all__ = ["ROPE_KINDS", "RopeConfig", "read_rope"]
+__all__ = ["ROPE_KINDS", "RopeConfig", "read_rope", "rope_parameters"]
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
@@ -47,6 +48,47 @@ class RopeConfig:
     truncate: bool = True
     attention_factor: float = 1.0
     stretch: tuple[float, ...] = ()
+
+
+def rope_parameters(family: Family, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """RoPE parameters by layer type, from any of the spellings.
+
+    `rope_parameters` (transformers 5) may hold one set or one a layer type; before there were
+    `rope_theta` and `rope_scaling`, and `rope_local_base_freq` for sliding layers, which were
+    never scaled.
+
+    Raises:
+        UnsupportedModelError: two spellings that differ, or sets by layer type in a family that
+            has one for all layers.
+    """
+    given = object_of(config, "rope_parameters")
+    scaling = object_of(config, "rope_scaling")
+    theta = config.get("rope_theta", 10000.0)
+    by_type = FULL in given or SLIDING in given
+    if by_type and not family.local_rope:
+        raise UnsupportedModelError(
+            f"RoPE parameters that differ by layer type ({', '.join(given)}) are not "
+            f"supported for {config.get('model_type')!r}"
+        )
+    full = object_of(given, FULL) if by_type else given
+    if full and any(
+        full.get(name, value) != value or name not in full for name, value in scaling.items()
+    ):
+        raise UnsupportedModelError(
+            "the model's config has both rope_parameters and rope_scaling, and they differ: put "
+            f"the entries of rope_scaling ({', '.join(scaling)}) into rope_parameters"
+        )
+    scaled = {"rope_theta": theta} | scaling | full
+    if config.get("model_type") == "phi3" and scaled.get("rope_type", scaled.get("type")) in (
+        "su",
+        "yarn",
+    ):
+        # Older configs of this family call its longrope so.
+        scaled["rope_type"] = "longrope"
+    if not family.local_rope:
+        return {FULL: scaled, SLIDING: scaled}
+    local = {"rope_theta": config.get("rope_local_base_freq")}
+    return {FULL: scaled, SLIDING: local | (object_of(given, SLIDING) if by_type else {})}
 
 
 def read_rope(
