@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from kvrag import Engine, Settings
 from kvrag.answer import Answer
+from kvrag.errors import KvragError
 from kvrag.precompute.job import Progress
 from kvrag.retrieval import load
 
@@ -109,4 +111,7 @@ def compare(console: Console, rows: list[tuple[str, dict[str, Answer]]]) -> None
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KvragError as exc:
+        sys.exit(f"error: {exc}")

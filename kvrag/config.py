@@ -107,7 +107,7 @@ class Settings(BaseSettings):
         64, ge=1, description="Requests that may wait; one more is answered with 429."
     )
     eval_data: Path | None = Field(
-        None, description="Folder of evaluation data for `kvrag bench fidelity`."
+        None, description="Folder of evaluation data for `kvrag bench fidelity` and `bench layers`."
     )
 
     def __init__(self, **values: Any) -> None:

@@ -110,7 +110,7 @@ def _options(
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
     eval_data: Annotated[
-        Path | None, typer.Option(help="Folder of evaluation data for `kvrag bench fidelity`.")
+        Path | None, typer.Option(help="Folder of evaluation data for `kvrag bench`.")
     ] = None,
     assignments: Annotated[
         list[str] | None,

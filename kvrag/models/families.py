@@ -86,7 +86,7 @@ def _given(config: Mapping[str, Any], layers: int) -> list[str]:
         or not all(kind in (FULL, SLIDING) for kind in types)
     ):
         raise UnsupportedModelError(
-            f"layer_types is {types!r:.200}; a list of {layers} times {FULL!r} or {SLIDING!r}, one "
+            f"layer_types is {types!r}; a list of {layers} times {FULL!r} or {SLIDING!r}, one "
             "a layer, is needed"
         )
     return list(types)

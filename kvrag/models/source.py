@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kvrag.errors import ModelError, ModelNotFoundError
+from kvrag.errors import ModelError, ModelNotFoundError, UnsupportedModelError
 from kvrag.models.config import ModelConfig, token_id_list
 from kvrag.models.decoder import Decoder
 from kvrag.models.file_parts import FileParts
@@ -86,8 +86,11 @@ def open_model(
     """
     folder = model_folder(model, models_dir)
     raw = read_json(folder / "config.json")
-    config = ModelConfig.from_hf(raw, context_length=context_length)
-    weights = Weights(folder)
+    try:
+        config = ModelConfig.from_hf(raw, context_length=context_length)
+    except UnsupportedModelError as exc:
+        raise UnsupportedModelError(f"{folder / 'config.json'}: {exc}") from exc
+    weights = _weights(folder, model, models_dir)
     tokenizer = Tokenizer(folder)
     generation = folder / "generation_config.json"
     stops = token_id_list(read_json(generation).get("eos_token_id")) if generation.exists() else ()
@@ -106,8 +109,23 @@ def open_model(
     )
 
 
+def _weights(folder: Path, model: str, models_dir: Path) -> Weights:
+    try:
+        return Weights(folder)
+    except ModelError as exc:
+        if not folder.is_relative_to(models_dir) or Path(model).expanduser() == folder:
+            raise
+        # What was converted once can be converted again.
+        raise ModelError(f"{exc}; delete {folder}, and {model!r} is converted anew") from exc
+
+
 def _check_rows(folder: Path, tokenizer: Tokenizer, rows: int) -> None:
-    """A tokenizer smaller than the embedding is normal, which is padded for speed."""
+    """A tokenizer a little smaller than the embedding is normal, which is padded for speed."""
+    if 2 * tokenizer.vocab_size < rows:
+        raise ModelError(
+            f"{folder / 'tokenizer.json'} is another model's: it has {tokenizer.vocab_size} "
+            f"tokens, but the embedding has {rows} rows"
+        )
     beyond = tokenizer.token_beyond(rows)
     if beyond is not None:
         token_id, token = beyond

@@ -15,6 +15,7 @@ from kvrag.generation.kv_cache import KVCache
 from kvrag.models.forward import extend
 from kvrag.models.source import model_folder, open_model
 from kvrag.models.weights import Weights
+from tests.models.gguf.files import tiny_gguf
 from tests.models.tiny_models import make_tokenizer, token_ids
 
 
@@ -325,3 +326,41 @@ def test_an_unsupported_folder_is_refused_before_its_weights_are_read(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UnsupportedModelError, match="mamba"):
         opened(folder)
+
+
+def test_a_tokenizer_of_half_the_vocabulary_is_another_models(tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("llama"), folder)
+    make_tokenizer(folder, vocab_size=400)
+    weights = load_file(folder / "model.safetensors")
+    wide = {
+        name: torch.cat([tensor] * 3) if tensor.shape[0] == 400 else tensor
+        for name, tensor in weights.items()
+    }
+    save_file(wide, folder / "model.safetensors", metadata={"format": "pt"})
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"vocab_size": 1200}))
+    with pytest.raises(ModelError, match=r"tokenizer\.json is another model's.*1200 rows"):
+        open_model(str(folder), tmp_path, dtype=torch.float32)
+
+
+def test_a_damaged_conversion_says_how_it_is_made_anew(tiny, tmp_path):
+    path, models_dir = tmp_path / "tiny.gguf", tmp_path / "models"
+    tiny_gguf(tiny, path)
+    folder = open_model(str(path), models_dir, dtype=torch.float32).folder
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=rf"empty; delete {folder}, and '.*tiny\.gguf'"):
+        open_model(str(path), models_dir, dtype=torch.float32)
+    with pytest.raises(ModelError, match=r"empty$"):
+        open_model(str(folder), models_dir, dtype=torch.float32)
+    shutil.rmtree(folder)
+    assert open_model(str(path), models_dir, dtype=torch.float32).folder == folder
+
+
+def test_a_config_that_is_refused_is_named_with_its_file(tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("llama"), folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"model_type": "mixtral"}))
+    with pytest.raises(UnsupportedModelError, match=r"config\.json: .*'mixtral'"):
+        open_model(str(folder), tmp_path, dtype=torch.float32)
