@@ -9,7 +9,6 @@ between 2**-14 and 65,504 exactly; smaller ones are rounded by at most 2**-25.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, Protocol
 
 import torch
@@ -58,12 +57,11 @@ class _Packed:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        biases = [None] if bias is None else torch.split(bias, _PART_OUTPUTS)
+        parts = torch.split(weight, _PART_OUTPUTS)
+        biases = [None] * len(parts) if bias is None else torch.split(bias, _PART_OUTPUTS)
         self._parts: list[Any] = [
             torch.ops.quantized.linear_prepack_fp16(part.float(), part_bias)
-            for part, part_bias in zip(
-                torch.split(weight, _PART_OUTPUTS), itertools.cycle(biases), strict=False
-            )
+            for part, part_bias in zip(parts, biases, strict=True)
         ]
 
     def __call__(self, x: Tensor) -> Tensor:

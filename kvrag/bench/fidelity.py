@@ -32,6 +32,7 @@ from kvrag.prefill import Prefilled
 __all__ = [
     "FidelityOptions",
     "Item",
+    "divergence",
     "greedy_answer",
     "interval",
     "load_items",
@@ -134,6 +135,11 @@ def run(engine: Engine, path: Path, options: FidelityOptions) -> dict[str, Any]:
     return result
 
 
+def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL divergence of `q` from `p`, log probabilities (n, vocab): (n,), in nats."""
+    return (p.exp() * (p - q)).sum(dim=-1)
+
+
 def greedy_answer(model: Model, prefilled: Prefilled, new_tokens: int) -> list[int]:
     """The greedy continuation, at least one token; the cache is left as it was."""
     params = GenerationParams(max_tokens=new_tokens)
@@ -164,12 +170,11 @@ class _Full:
         """The metrics of a strategy on this item, and its effective ratio."""
         prefilled = self._prefill(strategy)
         other = self._engine.continuation_logprobs(prefilled, self._greedy)
-        p = self._logprobs
-        divergence = (p.exp() * (p - other)).sum(dim=-1)
+        kl = divergence(self._logprobs, other)
         nll = self._nll(prefilled)
         measured = {
-            "kl": float(divergence.mean()),
-            "kl_first": float(divergence[0]),
+            "kl": float(kl.mean()),
+            "kl_first": float(kl[0]),
             "nll": nll,
             "nll_difference": nll - self.nll,
             "nll_abs_difference": abs(nll - self.nll),

@@ -19,11 +19,20 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from kvrag.bench.fidelity import FidelityOptions, Item, greedy_answer, interval, load_items, shown
+from kvrag.bench.fidelity import (
+    FidelityOptions,
+    Item,
+    divergence,
+    greedy_answer,
+    interval,
+    load_items,
+    shown,
+)
 from kvrag.bench.frame import show
 from kvrag.engine import Engine
 from kvrag.fusion.prompt import ChunkSpan, Prompt
 from kvrag.generation.kv_cache import KVCache
+from kvrag.generation.prefix_cache import PrefixCache
 from kvrag.models.decoder import Decoder
 from kvrag.models.forward import append, extend
 from kvrag.prefill import Prefilled
@@ -118,11 +127,12 @@ def _item(engine: Engine, line: Item, new_tokens: int) -> _Item:
 def _stored(engine: Engine, prompt: Prompt) -> list[tuple[Tensor, Tensor]]:
     """Every chunk computed alone behind the prefix, K rotated to its place in the prompt."""
     decoder = engine.model.decoder
+    prefixes = PrefixCache(decoder)
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in decoder.layers]
     for span in prompt.chunks:
         length = len(prompt.prefix_ids) + len(span.token_ids)
         cache = KVCache(decoder.config, length, dtype=decoder.compute_dtype, device=decoder.device)
-        append(decoder, prompt.prefix_ids, cache)
+        prefixes.fill(cache, prompt.prefix_ids)
         append(decoder, span.token_ids, cache, sink=_Places(decoder, span, parts))
     return [
         (torch.cat([k for k, _ in layer], dim=1), torch.cat([v for _, v in layer], dim=1))
@@ -183,4 +193,4 @@ def _divergence(engine: Engine, item: _Item, mended: frozenset[int]) -> float:
     cache.length = context
     rows = extend(decoder, [*prompt.question_ids, *item.greedy[:-1]], cache, every=True)
     other = rows[len(prompt.question_ids) - 1 :].log_softmax(dim=-1).float()
-    return float((item.logprobs.exp() * (item.logprobs - other)).sum(dim=-1).mean())
+    return float(divergence(item.logprobs, other).mean())

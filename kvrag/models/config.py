@@ -9,17 +9,10 @@ from typing import Any, Literal
 
 from kvrag.errors import ModelError, UnsupportedModelError
 from kvrag.models.config_values import flag, object_of, positive, size, token_id_list
-from kvrag.models.families import FAMILIES, FULL, SLIDING, Family, Norms, family_of
+from kvrag.models.families import FULL, SLIDING, Family, Norms, family_of
 from kvrag.models.rope_config import RopeConfig, read_rope, rope_parameters
 
-__all__ = [
-    "ACTIVATIONS",
-    "FAMILIES",
-    "LayerConfig",
-    "ModelConfig",
-    "RopeConfig",
-    "token_id_list",
-]
+__all__ = ["ACTIVATIONS", "LayerConfig", "ModelConfig", "RopeConfig"]
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 

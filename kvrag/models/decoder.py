@@ -77,9 +77,11 @@ class Decoder:
         for index, layer in enumerate(config.layers):
             rope, norms = self._rope(ropes, layer), self._norms(weights, index)
             linears = self._linears(weights, index)
-            for layers, which in ((self.layers, 0), (step_layers, 1)):
-                chosen = {name: pair[which] for name, pair in linears.items()}
-                layers.append(Layer(index, config, rope, norms, chosen))
+            full = {name: pair[0] for name, pair in linears.items()}
+            self.layers.append(Layer(index, config, rope, norms, full))
+            if int8_decoding:
+                step = {name: pair[1] for name, pair in linears.items()}
+                step_layers.append(Layer(index, config, rope, norms, step))
         weights.check_all_taken()
         self._stepping: Decoder | None = None
         if int8_decoding:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from kvrag.errors import ModelError, ModelNotFoundError, UnsupportedModelError
-from kvrag.models.config import ModelConfig, token_id_list
+from kvrag.models.config import ModelConfig
+from kvrag.models.config_values import token_id_list
 from kvrag.models.decoder import Decoder
 from kvrag.models.file_parts import FileParts
 from kvrag.models.fingerprint import model_fingerprint

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvrag.errors import ModelError, ModelNotFoundError
-from kvrag.models.folder import INDEX, read_json, weight_files
+from kvrag.models.folder import INDEX, weight_files
 from kvrag.models.safetensors_header import StoredTensor, read_header
 
-__all__ = ["Weights", "read_json", "tensor_bytes"]
+__all__ = ["Weights", "tensor_bytes"]
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 #: How multimodal models call their language part, and how it is called alone.

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from kvrag.errors import UnsupportedModelError
-from kvrag.models.config import ModelConfig, RopeConfig, token_id_list
+from kvrag.models.config import ModelConfig, RopeConfig
+from kvrag.models.config_values import token_id_list
 from kvrag.models.rope import inverse_frequencies
 from tests.models.published import PUBLISHED
 from tests.models.tiny_models import FAMILIES as TINY

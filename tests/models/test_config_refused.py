@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvrag.errors import ModelError, UnsupportedModelError
-from kvrag.models.config import FAMILIES, ModelConfig
+from kvrag.models.config import ModelConfig
+from kvrag.models.families import FAMILIES
 from kvrag.models.rope import inverse_frequencies
 from tests.models.published import PUBLISHED
 from tests.models.test_config import LLAMA3, config

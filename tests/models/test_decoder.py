@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from kvrag.generation.kv_cache import KVCache
 from kvrag.models.config import LayerConfig, ModelConfig
 from kvrag.models.decoder import Decoder
+from kvrag.models.folder import read_json
 from kvrag.models.forward import append, extend
-from kvrag.models.weights import Weights, read_json
+from kvrag.models.weights import Weights
 from tests.models.tiny_models import LONG, VARIANTS, tiny_config, token_ids
 
 BOUND = 1e-8

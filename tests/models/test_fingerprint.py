@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from kvrag.models.config import ModelConfig
 from kvrag.models.fingerprint import model_fingerprint
+from kvrag.models.folder import read_json
 from kvrag.models.source import open_model
-from kvrag.models.weights import Weights, read_json
+from kvrag.models.weights import Weights
 from tests.models.published import PUBLISHED
 from tests.models.test_config import transformers_config
 from tests.models.tiny_models import FEW, make_tokenizer

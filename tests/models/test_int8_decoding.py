@@ -10,8 +10,9 @@ from kvrag.errors import ModelError
 from kvrag.generation.kv_cache import KVCache
 from kvrag.models.config import ModelConfig
 from kvrag.models.decoder import Decoder
+from kvrag.models.folder import read_json
 from kvrag.models.forward import append, extend
-from kvrag.models.weights import Weights, read_json
+from kvrag.models.weights import Weights
 from tests.models.tiny_models import token_ids
 from tests.tiny import make_tiny_model
 
