@@ -1,10 +1,22 @@
-"""Numeric kernels: a torch reference and the fast implementations behind the same signature."""
+"""Numeric kernels: a torch reference and the fast implementations behind the same signatures."""
 
 from __future__ import annotations
 
-from .attention import attention
+from .choice import choose
+from .contract import Activation, Deviation, Kernels
+from .errors import KernelsUnavailableError
 from .int8 import Int8Decoding
 from .linear import Linear, linear
 from .precision import compute_dtype
 
-__all__ = ["Int8Decoding", "Linear", "attention", "compute_dtype", "linear"]
+__all__ = [
+    "Activation",
+    "Deviation",
+    "Int8Decoding",
+    "Kernels",
+    "KernelsUnavailableError",
+    "Linear",
+    "choose",
+    "compute_dtype",
+    "linear",
+]

@@ -52,8 +52,10 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(autouse=True)
-def isolated(tmp_path_factory):
+def isolated(tmp_path_factory, pytestconfig):
     """Home, caches and working directory of the test's own; no KVRAG_ variable of the user's.
+
+    Native code alone is kept from run to run: compiling it for every test takes too long.
 
     Without monkeypatch: a test's own use of it is undone first, and this afterwards.
     """
@@ -63,6 +65,9 @@ def isolated(tmp_path_factory):
         if name.upper().startswith("KVRAG_") and name != "KVRAG_TEST_MODELS":
             del os.environ[name]
     os.environ.pop("XDG_DATA_HOME", None)
+    caches = home / ".cache" / "kvrag"
+    caches.mkdir(parents=True)
+    (caches / "kernels").symlink_to(pytestconfig.cache.mkdir("kvrag-kernels"))
     os.environ |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache")}
     os.chdir(home)
     yield

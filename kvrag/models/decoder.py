@@ -10,14 +10,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kvrag.errors import ModelError
-from kvrag.kernels import Int8Decoding, Linear, compute_dtype, linear
+from kvrag.kernels import (
+    Int8Decoding,
+    Kernels,
+    KernelsUnavailableError,
+    Linear,
+    choose,
+    compute_dtype,
+    linear,
+)
 from kvrag.models.config import LayerConfig, ModelConfig
-from kvrag.models.layer import Layer, rms_norm
+from kvrag.models.layer import Layer
 from kvrag.models.rope import Rope
 from kvrag.models.rope_config import RopeConfig
 from kvrag.models.weights import Weights
@@ -34,9 +43,12 @@ class Decoder:
     Args:
         int8_decoding: `stepping` multiplies int8 weights; nothing else does, so that what is
             stored does not depend on it.
+        kernels, kernels_dir: what calculates, by name, and the folder of its native code; see
+            `kernels.choose`. Results differ by rounding alone.
 
     Raises:
-        ModelError: a tensor is missing or of another shape, or int8 decoding cannot run here.
+        ModelError: a tensor is missing or of another shape, or int8 decoding or the kernels
+            cannot run here.
     """
 
     def __init__(
@@ -47,11 +59,14 @@ class Decoder:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         int8_decoding: bool = False,
+        kernels: str = "auto",
+        kernels_dir: Path | None = None,
     ) -> None:
         self.config = config
         self.dtype = dtype
         self.device = torch.device(device)
         self.compute_dtype = compute_dtype(dtype, self.device)
+        self.kernels = self._chosen(kernels, kernels_dir)
         hidden, vocab = config.hidden_size, config.vocab_size
         embedding = weights.take("model.embed_tokens.weight", vocab, hidden)
         self._embedding = self._stored(embedding)
@@ -78,10 +93,11 @@ class Decoder:
             rope, norms = self._rope(ropes, layer), self._norms(weights, index)
             linears = self._linears(weights, index)
             full = {name: pair[0] for name, pair in linears.items()}
-            self.layers.append(Layer(index, config, rope, norms, full))
+            self.layers.append(Layer(index, config, rope, norms, full, self.kernels))
             if int8_decoding:
                 step = {name: pair[1] for name, pair in linears.items()}
-                step_layers.append(Layer(index, config, rope, norms, step))
+                step_layers.append(Layer(index, config, rope, norms, step, self.kernels))
+        self._ropes = list(ropes.values())
         weights.check_all_taken()
         self._stepping: Decoder | None = None
         if int8_decoding:
@@ -93,15 +109,30 @@ class Decoder:
         """What continues a prompt a token at a time; shares all but the products with this one."""
         return self._stepping or self
 
+    def reserve(self, length: int) -> None:
+        """Be ready to rotate to positions below `length` that come in tensors.
+
+        Raises:
+            IndexError: the model has fewer positions.
+        """
+        for rope in self._ropes:
+            rope.reserve(length)
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids int64 (n,) to rows (n, hidden_size)."""
         return self._embedding[token_ids].to(self.compute_dtype) * self._embedding_scale
 
     def logits(self, x: Tensor) -> Tensor:
         """Rows (n, hidden_size) of the last layer to float32 (float64) logits (n, vocab_size)."""
-        logits = self._head(rms_norm(x, self._norm, self.config.norm_eps))
+        logits = self._head(self.kernels.rms_norm(x, self._norm, self.config.norm_eps))
         wide = logits if logits.dtype is torch.float64 else logits.float()
         return wide.div_(self.config.logits_scaling)
+
+    def _chosen(self, name: str, native_folder: Path | None) -> Kernels:
+        try:
+            return choose(name, self.device, self.compute_dtype, native_folder=native_folder)
+        except KernelsUnavailableError as exc:
+            raise ModelError(f"kernels {name!r} are not possible here: {exc}") from exc
 
     def _int8_products(self) -> Int8Decoding:
         try:
@@ -133,6 +164,7 @@ class Decoder:
                 self.config.max_positions,
                 dtype=self.compute_dtype,
                 device=self.device,
+                kernels=self.kernels,
             )
         return made[layer.rope]
 

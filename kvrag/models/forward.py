@@ -54,16 +54,21 @@ def _rows(
 ) -> Tensor:
     begin, end = cache.length, cache.length + len(token_ids)
     cache.reserve(end)
+    decoder.reserve(end)
     positions = torch.arange(begin, end, device=decoder.device)
     x = decoder.embed(torch.tensor(token_ids, dtype=torch.int64, device=decoder.device))
     for layer in decoder.layers:
         q, k, v = layer.project(x)
         if sink is not None:
             sink(k, v)
-        cache.write(layer.index, slice(begin, end), layer.rotate(k, positions), v)
+        into_k, into_v = cache.k[layer.index], cache.v[layer.index]
+        layer.put(k, v, into_k, into_v, slice(begin, end))
         if stop_at_kv and layer is decoder.layers[-1]:
             break
-        keys, values = cache.k[layer.index][:, :end], cache.v[layer.index][:, :end]
-        x = layer.finish(x, layer.attend(q, keys, values, positions))
+        if len(token_ids) == 1:
+            mixed = layer.attend_each(q, [into_k], [into_v], [end])
+        else:
+            mixed = layer.attend(q, into_k[:, :end], into_v[:, :end], positions)
+        x = layer.finish(x, mixed)
     cache.length = end
     return x

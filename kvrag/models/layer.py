@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kvrag.kernels import Linear, attention
+from kvrag.kernels import Activation, Kernels, Linear
 from kvrag.models.config import ModelConfig
 from kvrag.models.rope import Rope
 
-__all__ = ["Layer", "rms_norm"]
+__all__ = ["Layer"]
 
 #: Rows that go through the MLP together: bounds the memory of the widest activation.
 MLP_ROWS = 512
 
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-}
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square norm over the last dimension, in the dtype of `weight`."""
-    wide = x.to(weight.dtype)
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale * weight).to(x.dtype)
+_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 class Layer:
@@ -45,12 +32,13 @@ class Layer:
         rope: Rope | None,
         norms: Mapping[str, Tensor],
         linears: Mapping[str, Linear],
+        kernels: Kernels,
     ) -> None:
         self.index = index
         self.window = config.layers[index].window
         self._rope = rope
         self._config = config
-        self._norms, self._linears = norms, linears
+        self._norms, self._linears, self._kernels = norms, linears, kernels
         self._activation = _ACTIVATIONS[config.activation]
         self._splits = [
             config.num_heads * config.head_dim,
@@ -64,9 +52,44 @@ class Layer:
         q, k, v = torch.split(qkv, self._splits, dim=-1)
         return self._heads("q", q), self._heads("k", k), self._heads("v", v)
 
-    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Q or K at its positions; `x` itself where the layer has no RoPE."""
+    def rotate(self, x: Tensor, positions: slice | Tensor) -> Tensor:
+        """Q or K at its positions; `x` itself where the layer has no RoPE.
+
+        Here and below, positions in a tensor must have been reserved: `Decoder.reserve`.
+        """
         return x if self._rope is None else self._rope.rotate(x, positions)
+
+    def put(
+        self, k: Tensor, v: Tensor, into_k: Tensor, into_v: Tensor, positions: slice | Tensor
+    ) -> None:
+        """Write un-rotated K and V to their place in a cache: K is rotated, dtypes are converted.
+
+        Args:
+            k, v: (kv_heads, n, head_dim), any floating dtype, on the cache's device.
+            into_k, into_v: (kv_heads, capacity, head_dim); index equals position.
+            positions: a slice of n positions, or int64 (n,), ascending.
+        """
+        if self._rope is None:
+            self._kernels.rotate_into(k, None, None, into_k, positions)
+        else:
+            self._rope.rotate_into(k, into_k, positions)
+        self._kernels.rotate_into(v, None, None, into_v, positions)
+
+    def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """What `rotate` made of K or Q at its positions, turned back."""
+        return x if self._rope is None else self._rope.unrotate(x, positions)
+
+    def shift(self, k: Tensor, v: Tensor, into_k: Tensor, into_v: Tensor, place: slice) -> None:
+        """Add one un-rotated K and one V, (kv_heads, head_dim) each, to all positions of `place`.
+
+        Args:
+            into_k, into_v: (kv_heads, capacity, head_dim), K rotated; index equals position.
+        """
+        if self._rope is None:
+            into_k[:, place] += k[:, None]
+        else:
+            self._rope.add_rotated(k, into_k, place)
+        into_v[:, place] += v[:, None]
 
     def first_visible(self, position: int) -> int:
         """The first position that a row at `position` sees."""
@@ -74,11 +97,55 @@ class Layer:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         """Rotate `q` and attend over the cached `k`, `v`; the mask is the layer's own."""
-        return attention(
+        return self._kernels.attention(
             self.rotate(q, positions),
             k,
             v,
             positions,
+            scale=self._config.attention_scale,
+            window=self.window,
+        )
+
+    def attend_received(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `attend`, and for each key the attention (m,) that it received from all rows."""
+        return self._kernels.attention_received(
+            self.rotate(q, positions),
+            k,
+            v,
+            positions,
+            scale=self._config.attention_scale,
+            window=self.window,
+        )
+
+    def attend_each(
+        self,
+        q: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        lengths: Sequence[int],
+    ) -> Tensor:
+        """Decoding: rotate row i of `q` to position `lengths[i] - 1` and attend over `keys[i]`.
+
+        Args:
+            q: (heads, n, head_dim), one row a sequence.
+            keys, values: n of each, (kv_heads, capacity, head_dim).
+            lengths: positions filled of each, the row's own included.
+
+        Returns:
+            (n, heads * head_dim).
+        """
+        positions: slice | Tensor = slice(lengths[0] - 1, lengths[0])
+        if len(lengths) > 1:
+            if self._rope is not None:
+                self._rope.reserve(max(lengths))
+            positions = torch.tensor(lengths, device=q.device) - 1
+        return self._kernels.decode_attention(
+            self.rotate(q, positions),
+            keys,
+            values,
+            lengths,
             scale=self._config.attention_scale,
             window=self.window,
         )
@@ -89,10 +156,9 @@ class Layer:
         return torch.cat([self._mlp(rows) for rows in torch.split(x, MLP_ROWS)])
 
     def _mlp(self, x: Tensor) -> Tensor:
-        gate, up = self._linears["gate_up"](self._norm("before_mlp", x)).chunk(2, dim=-1)
-        return self._add(
-            x, self._norm("after_mlp", self._linears["down"](self._activation(gate).mul_(up)))
-        )
+        gate_up = self._linears["gate_up"](self._norm("before_mlp", x))
+        gated = self._kernels.gated(gate_up, self._activation)
+        return self._add(x, self._norm("after_mlp", self._linears["down"](gated)))
 
     def _add(self, x: Tensor, part: Tensor) -> Tensor:
         return torch.add(x, part, alpha=self._config.residual_scale)
@@ -100,7 +166,7 @@ class Layer:
     def _norm(self, name: str, x: Tensor) -> Tensor:
         """The norm of that name, or `x` where the family has none there."""
         weight = self._norms.get(name)
-        return x if weight is None else rms_norm(x, weight, self._config.norm_eps)
+        return x if weight is None else self._kernels.rms_norm(x, weight, self._config.norm_eps)
 
     def _heads(self, name: str, x: Tensor) -> Tensor:
         """(n, heads * head_dim) to (heads, n, head_dim), after a norm of one or of all heads."""

@@ -11,10 +11,12 @@ variant that depends on the position alone.
 from __future__ import annotations
 
 import math
+import threading
 
 import torch
 from torch import Tensor
 
+from kvrag.kernels import Kernels, choose
 from kvrag.models.rope_config import RopeConfig
 
 __all__ = ["Rope", "inverse_frequencies"]
@@ -69,6 +71,7 @@ def _yarn(config: RopeConfig, plain: Tensor, stretched: Tensor) -> Tensor:
 class Rope:
     """Cosines and sines of positions, computed once for a model as far as they are asked for.
 
+    Positions in a slice are asked for by that; those in a tensor must have been `reserve`d.
     Thread-safe: a longer table takes the place of the shorter one, with the same numbers in it.
     """
 
@@ -79,30 +82,88 @@ class Rope:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        kernels: Kernels | None = None,
     ) -> None:
+        """`kernels`: None chooses for the device."""
         self._config, self._max_positions = config, max_positions
         self._dtype, self._device = dtype, device
+        self._kernels = kernels or choose("auto", device, dtype)
         self._tables = self._computed(min(_FIRST_POSITIONS, max_positions))
+        # A captured CUDA graph goes on reading the tables that it began with.
+        self._outgrown: list[tuple[Tensor, Tensor]] = []
+        self._growing = threading.Lock()
 
-    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Turn `x` (heads, n, head_dim) to `positions`, int64 (n,), ascending; a new tensor."""
+    def reserve(self, length: int) -> None:
+        """Have the tables reach over positions below `length`.
+
+        Raises:
+            IndexError: the model has fewer positions.
+        """
+        if length > self._max_positions:
+            raise IndexError(f"position {length - 1} of a model of {self._max_positions} positions")
+        if length <= len(self._tables[0]):
+            return
+        with self._growing:
+            tables = self._tables
+            if length > len(tables[0]):
+                self._outgrown.append(tables)
+                longer = min(max(length, 2 * len(tables[0])), self._max_positions)
+                self._tables = self._computed(longer)
+
+    def rotate(self, x: Tensor, positions: slice | Tensor) -> Tensor:
+        """Turn `x` (heads, n, head_dim) to `positions`; a new tensor.
+
+        Args:
+            positions: a slice of n positions, or int64 (n,), reserved.
+
+        Raises:
+            IndexError: a position of the slice is beyond the model's last.
+        """
+        cos, sin = self._tables_for(positions)
+        out = x.new_empty(x.shape)
+        rows = slice(0, x.shape[1])
+        self._kernels.rotate_into(x, cos[positions], sin[positions], out, rows)
+        return out
+
+    def rotate_into(self, x: Tensor, out: Tensor, positions: slice | Tensor) -> None:
+        """Turn `x` (heads, n, head_dim), any floating dtype, and write it to `out[:, positions]`.
+
+        Args:
+            out: (heads, capacity, head_dim).
+            positions: a slice of n positions, or int64 (n,), ascending and reserved.
+
+        Raises:
+            IndexError: a position of the slice is beyond the model's last.
+        """
+        self._kernels.rotate_into(x, *self._tables_for(positions), out, positions)
+
+    def unrotate(self, x: Tensor, positions: slice | Tensor) -> Tensor:
+        """Turn rotated `x` (heads, n, head_dim) back; a new tensor. See `rotate`."""
+        cos, sin = (table[positions] for table in self._tables_for(positions))
+        # The attention factor, squared; and but for it not quite 1, since the tables are rounded.
+        factor = cos.square() + sin.square()
+        out = x.new_empty(x.shape)
+        self._kernels.rotate_into(x, cos / factor, -sin / factor, out, slice(0, x.shape[1]))
+        return out
+
+    def add_rotated(self, x: Tensor, out: Tensor, place: slice) -> None:
+        """Add one `x` (heads, head_dim), turned to each position of `place`, to `out` there.
+
+        Args:
+            out: (heads, capacity, head_dim), changed in place.
+        """
+        cos, sin = self._tables_for(place)
         dim = self._config.rotary_dim
-        if x.shape[-1] > dim:
-            return torch.cat((self._turned(x[..., :dim], positions), x[..., dim:]), dim=-1)
-        return self._turned(x, positions)
+        turned, swapped = x[:, None, :dim], x[:, None, :dim].roll(dim // 2, dims=-1)
+        out[:, place, :dim].addcmul_(turned, cos[place]).addcmul_(swapped, sin[place])
+        if dim < x.shape[-1]:
+            out[:, place, dim:] += x[:, None, dim:]
 
-    def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
-        cos, sin = self._upto(int(positions[-1]) + 1 if len(positions) else 0)
-        half = x.shape[-1] // 2
-        swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-        return torch.addcmul(x * cos[positions], swapped, sin[positions])
-
-    def _upto(self, length: int) -> tuple[Tensor, Tensor]:
-        tables = self._tables
-        if length > len(tables[0]):
-            tables = self._computed(min(max(length, 2 * len(tables[0])), self._max_positions))
-            self._tables = tables
-        return tables
+    def _tables_for(self, positions: slice | Tensor) -> tuple[Tensor, Tensor]:
+        # A look at positions in a tensor would wait for a GPU: who has them has reserved them.
+        if isinstance(positions, slice):
+            self.reserve(positions.stop)
+        return self._tables
 
     def _computed(self, length: int) -> tuple[Tensor, Tensor]:
         """(length, rotary_dim) each; both halves turn by the same angles.

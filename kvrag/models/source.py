@@ -75,12 +75,14 @@ def open_model(
     device: torch.device | str = "cpu",
     context_length: int | None = None,
     int8_decoding: bool = False,
+    kernels: str = "auto",
+    kernels_dir: Path | None = None,
 ) -> Model:
     """Open a model for `dtype` on `device`.
 
     Args:
         context_length: most positions of a prompt with its answer; None is all the model has.
-        int8_decoding: see `Decoder`.
+        int8_decoding, kernels, kernels_dir: see `Decoder`.
 
     Raises:
         ModelError: and its kinds; the message names the file, tensor or option.
@@ -98,7 +100,15 @@ def open_model(
     _check_rows(folder, tokenizer, config.vocab_size)
     _check_stops(folder / "config.json", tokenizer, config.eos_token_ids)
     _check_stops(generation, tokenizer, stops)
-    decoder = Decoder(config, weights, dtype=dtype, device=device, int8_decoding=int8_decoding)
+    decoder = Decoder(
+        config,
+        weights,
+        dtype=dtype,
+        device=device,
+        int8_decoding=int8_decoding,
+        kernels=kernels,
+        kernels_dir=kernels_dir,
+    )
     return Model(
         folder=folder,
         decoder=decoder,

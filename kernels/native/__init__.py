@@ -1,0 +1,12 @@
+"""Kernels in C for CPUs that calculate in float32, compiled at first use by the system's compiler.
+
+`load` gives them, or None where they cannot be had: then torch calculates.
+"""
+
+from __future__ import annotations
+
+from .library import load
+from .memory import empty_huge
+from .operations import Int8Weights, Native
+
+__all__ = ["Int8Weights", "Native", "empty_huge", "load"]

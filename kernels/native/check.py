@@ -1,0 +1,70 @@
+"""What a freshly loaded library must prove: that it calculates what torch calculates."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import KernelsUnavailableError
+from .operations import INT8_GROUP, Int8Weights, Native
+
+__all__ = ["check"]
+
+
+def check(native: Native) -> None:
+    """One small case of every kernel; milliseconds.
+
+    Raises:
+        KernelsUnavailableError: a kernel is wrong on this machine; the message names it.
+    """
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=random).to(dtype)
+
+    scores, last = draw(6, 21), torch.tensor([19, 20, 21])
+    hidden = torch.arange(21) >= last.repeat(2)[:, None]
+    expected = (2 * scores).masked_fill(hidden, float("-inf")).softmax(-1)
+    received = torch.zeros(21)
+    native.softmax_rows_(
+        scores, torch.zeros(3, dtype=torch.int64), last, scale=2, received=received
+    )
+    _agree("softmax", scores, expected)
+    _agree("column sums", received, expected.sum(0))
+
+    cos, sin = draw(9, 20), draw(9, 20)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x, out = draw(2, 3, 26, dtype=dtype), torch.zeros(2, 9, 26)
+        native.rotate_into(x, cos, sin, out, torch.tensor([1, 4, 8]))
+        wide = x.float()
+        swapped = torch.cat((wide[..., 10:20], wide[..., :10]), -1)
+        turned = wide[..., :20] * cos[[1, 4, 8]] + swapped * sin[[1, 4, 8]]
+        _agree("rotate_into", out[:, [1, 4, 8]], torch.cat((turned, wide[..., 20:]), -1))
+        if dtype is torch.float32:
+            continue
+        weight, row = draw(5, 77, dtype=dtype), draw(1, 77)
+        _agree("gemv", native.gemv(weight, row), row @ weight.float().t())
+
+    weight, row = draw(5, 2 * INT8_GROUP), draw(1, 2 * INT8_GROUP)
+    int8 = Int8Weights.of(weight)
+    wide = int8.values * int8.scales.repeat_interleave(INT8_GROUP, 1)
+    _agree("gemv of int8", native.gemv(int8, row), row @ wide.t())
+
+    x, weight = draw(3, 77), draw(77)
+    _agree("rms_norm", native.rms_norm(x, weight, 1e-5), F.rms_norm(x, (77,), weight, 1e-5))
+    x = 4 * draw(3, 42)
+    gate, up = x.chunk(2, -1)
+    _agree("silu", native.gated(x, "silu"), F.silu(gate) * up)
+    _agree("gelu", native.gated(x, "gelu_tanh"), F.gelu(gate, approximate="tanh") * up)
+
+    q, k, v = draw(6, 1, 13), draw(2, 300, 13), draw(2, 300, 13)
+    weights = (q.view(2, 3, 13) @ k.transpose(1, 2) * 13**-0.5).softmax(-1)
+    _agree("decode", native.decode_attention(q, [k], [v], [300]), (weights @ v).view(1, -1))
+
+
+def _agree(what: str, got: Tensor, expected: Tensor) -> None:
+    if not torch.allclose(got, expected, rtol=1e-4, atol=1e-5):
+        raise KernelsUnavailableError(
+            f"the compiled {what} is off by {(got - expected).abs().max():g} on this machine"
+        )

@@ -1,0 +1,348 @@
+"""The native kernels as functions of torch tensors.
+
+All calculate in float32 on the CPU, with as many threads as torch may use, without the interpreter
+lock. Results do not depend on the number of threads, bit for bit. Inputs need not be contiguous.
+What the arithmetic of NaN and infinity gives in torch, it gives here.
+
+The methods check dtypes, devices and shapes (ValueError), since the C code checks nothing. They ask
+for `shape[0]`, since `len` of a tensor takes a microsecond, and decoding calls these some 300 times
+a token.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..contract import Activation
+
+__all__ = ["Int8Weights", "Native"]
+
+#: Numbers read or written below which a second thread costs more than it brings.
+LEAST_SHARED = 1 << 16
+#: Weights that share one scale in `Int8Weights`.
+INT8_GROUP = 64
+
+_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Weights:
+    """A weight matrix as int8 (out, in) and float32 scales (out, in / INT8_GROUP)."""
+
+    values: Tensor
+    scales: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Int8Weights:
+        """Round each weight by at most 1/254 of the greatest magnitude of its group.
+
+        Args:
+            weight: (out, in), any floating dtype, finite.
+
+        Raises:
+            ValueError: INT8_GROUP does not divide `in`, or a weight is not finite.
+        """
+        outputs, inputs = weight.shape
+        if inputs % INT8_GROUP:
+            raise ValueError(f"int8 weights need a multiple of {INT8_GROUP} inputs, got {inputs}")
+        groups = weight.float().view(outputs, -1, INT8_GROUP)
+        scales = groups.abs().amax(dim=-1) / 127
+        if not bool(scales.isfinite().all()):
+            raise ValueError("int8 weights must be finite")
+        # A group of zeros has scale 0 and stays zeros.
+        values = (groups / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round_()
+        return cls(values.to(torch.int8).view(outputs, inputs), scales)
+
+
+class Native:
+    """What one loaded library can do; made by `load`."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._c = library
+        self._piece = ctypes.c_int64.in_dll(library, "decode_piece").value
+
+    def softmax_rows_(
+        self,
+        scores: Tensor,
+        first: Tensor,
+        last: Tensor,
+        *,
+        scale: float = 1.0,
+        received: Tensor | None = None,
+        counted: range | None = None,
+    ) -> None:
+        """Softmax of each row over its own columns, in place.
+
+        Row r becomes the softmax of `scale` times its columns `first[i] .. last[i] - 1` and exactly
+        0 elsewhere, i being r modulo the length of `first`: rows of several heads may follow one
+        another. The other columns are never read. A probability below 1.2e-38 times the greatest
+        becomes 0; otherwise the relative error is that of a few roundings.
+
+        Args:
+            scores: float32 (rows, columns), columns contiguous.
+            first, last: int64 (period,), `0 <= first < last <= columns`; the period divides rows.
+            scale: positive.
+            received: float32 (columns,), contiguous; gets the probabilities of the counted rows
+                added, row after row.
+            counted: which i count; all if None.
+        """
+        _check_in_place("scores", scores, 2)
+        rows, columns = scores.shape
+        period = first.shape[0]
+        first, last = first.contiguous(), last.contiguous()
+        if first.dtype is not torch.int64 or last.dtype is not torch.int64:
+            raise ValueError(f"first and last must be int64, got {first.dtype} and {last.dtype}")
+        if first.shape != last.shape or first.ndim != 1 or (rows % period if period else rows):
+            raise ValueError(
+                f"first {tuple(first.shape)} and last {tuple(last.shape)} must have one length that"
+                f" divides the {rows} rows"
+            )
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale}")
+        if rows == 0 or columns == 0:
+            return
+        if not bool(((first >= 0) & (first < last) & (last <= columns)).all()):
+            raise ValueError(f"every row needs 0 <= first < last <= {columns}")
+        threads = _threads(scores.numel())
+        stride = scores.stride(0)
+        self._c.softmax_rows(
+            scores.data_ptr(), rows, columns, stride, first.data_ptr(), last.data_ptr(), period,
+            scale, threads,
+        )  # fmt: skip
+        if received is None:
+            return
+        _check_in_place("received", received, 1)
+        if received.shape[0] != columns:
+            raise ValueError(f"received has {received.shape[0]} numbers for {columns} columns")
+        counted = range(period) if counted is None else counted
+        self._c.add_columns(
+            scores.data_ptr(), rows, columns, stride, period, counted.start, counted.stop,
+            received.data_ptr(), threads,
+        )  # fmt: skip
+
+    def rotate_into(
+        self,
+        x: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        out: Tensor,
+        positions: slice | Tensor,
+    ) -> None:
+        """See `RotateInto`; `out`, `cos` and `sin` are float32, `x` float32, bfloat16 or float16.
+
+        `out` may be the memory of `x` where both have the same layout and position.
+        """
+        if x.dtype not in _SUFFIXES or x.device.type != "cpu" or x.ndim != 3:
+            raise ValueError(f"cannot rotate {x.dtype} {tuple(x.shape)} on {x.device}")
+        _check_in_place("out", out, 3)
+        x = _rows(x)
+        heads, n, dim = x.shape
+        at, start, end = _placed(positions, out.shape[1])
+        if (out.shape[0], out.shape[2]) != (heads, dim) or (n if at is None else at.shape[0]) != n:
+            raise ValueError(f"x {tuple(x.shape)} does not fit into out {tuple(out.shape)}")
+        if at is None and end - start != n:
+            raise ValueError(f"positions {start} .. {end - 1} are not {n}")
+        if x.numel() == 0:
+            return
+        rotary, tables = 0, (0, 0)
+        if cos is not None and sin is not None:
+            _check_in_place("cos", cos, 2)
+            _check_in_place("sin", sin, 2)
+            cos, sin = cos.contiguous(), sin.contiguous()
+            rotary = cos.shape[1]
+            if cos.shape != sin.shape or rotary > dim or rotary % 2 or cos.shape[0] < end:
+                raise ValueError(
+                    f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not serve {end} "
+                    f"positions and {dim} dimensions"
+                )
+            tables = (cos.data_ptr(), sin.data_ptr())
+        getattr(self._c, f"rotate_into_{_SUFFIXES[x.dtype]}")(
+            x.data_ptr(), heads, n, dim, x.stride(0), x.stride(1), *tables, rotary,
+            None if at is None else at.data_ptr(), start,
+            out.data_ptr(), out.stride(0), out.stride(1), _threads(x.numel()),
+        )  # fmt: skip
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See `RmsNorm`; `x` and `weight` are float32."""
+        _check("x", x)
+        _check_in_place("weight", weight, 1)
+        size = weight.shape[0]
+        if x.shape[-1] != size:
+            raise ValueError(f"x {tuple(x.shape)} has not the {size} columns of the weight")
+        rows = _rows(x.reshape(-1, size))
+        out = torch.empty(x.shape)
+        if x.numel():
+            self._c.rms_norm(
+                rows.data_ptr(), rows.shape[0], size, rows.stride(0), weight.data_ptr(), eps,
+                out.data_ptr(), size, _threads(x.numel()),
+            )  # fmt: skip
+        return out
+
+    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        """See `Gated`; `gate_up` is float32. The relative error is that of a few roundings."""
+        _check("gate_up", gate_up)
+        if gate_up.ndim != 2 or gate_up.shape[1] % 2:
+            raise ValueError(f"gate_up must be (n, 2 * size), got {tuple(gate_up.shape)}")
+        rows = _rows(gate_up)
+        n, size = rows.shape[0], rows.shape[1] // 2
+        out = torch.empty(n, size)
+        function = self._c.gated_silu if activation == "silu" else self._c.gated_gelu_tanh
+        if out.numel():
+            function(
+                rows.data_ptr(), n, size, rows.stride(0), out.data_ptr(), size,
+                _threads(rows.numel()),
+            )  # fmt: skip
+        return out
+
+    def decode_attention(
+        self,
+        q: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        lengths: Sequence[int],
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """See `DecodeAttention`; all tensors are float32, `scale` is positive.
+
+        K and V are read once.
+        """
+        _check("q", q)
+        heads, n, dim = q.shape
+        if not len(keys) == len(values) == len(lengths) == n:
+            raise ValueError(
+                f"{n} rows need {n} keys, values and lengths, got {len(keys)}, {len(values)} and "
+                f"{len(lengths)}"
+            )
+        scale = dim**-0.5 if scale is None else scale
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale}")
+        if n == 0:
+            return torch.empty(0, heads * dim)
+        kv_heads = keys[0].shape[0]
+        if kv_heads == 0 or heads % kv_heads:
+            raise ValueError(f"{heads} heads cannot share {kv_heads} KV heads")
+        for k, v, length in zip(keys, values, lengths, strict=True):
+            _check_in_place("keys", k, 3)
+            _check_in_place("values", v, 3)
+            if not k.shape == v.shape == (kv_heads, k.shape[1], dim):
+                raise ValueError(
+                    f"keys {tuple(k.shape)} and values {tuple(v.shape)} must be "
+                    f"({kv_heads}, capacity, {dim})"
+                )
+            if not 1 <= length <= k.shape[1]:
+                raise ValueError(f"a length must be in 1 .. {k.shape[1]}, got {length}")
+        first = [0 if window is None else max(0, length - window) for length in lengths]
+        pieces = [-(-(e - b) // self._piece) for b, e in zip(first, lengths, strict=True)]
+        before = list(accumulate(pieces, initial=0))
+        rows = q.transpose(0, 1).contiguous()
+        # One array of everything: pointers, strides and bounds, by sequence.
+        pairs = zip(keys, values, strict=True)
+        strides = [s for k, v in pairs for s in (*k.stride()[:2], *v.stride()[:2])]
+        lists = (
+            [k.data_ptr() for k in keys],
+            [v.data_ptr() for v in values],
+            strides,
+            first,
+            lengths,
+            before,
+        )
+        numbers = array("q", [number for part in lists for number in part])
+        base = numbers.buffer_info()[0]
+        starts = [base + 8 * at for at in (0, n, 2 * n, 6 * n, 7 * n, 8 * n)]
+        states = torch.empty(before[-1] * heads * (dim + 2))
+        out = torch.empty(n, heads * dim)
+        work = 2 * kv_heads * dim * sum(e - b for b, e in zip(first, lengths, strict=True))
+        self._c.decode(
+            rows.data_ptr(), n, heads, kv_heads, dim, *starts, scale, states.data_ptr(),
+            out.data_ptr(), _threads(work),
+        )  # fmt: skip
+        return out
+
+    def gemv(self, weight: Tensor | Int8Weights, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """One row (1, in) times a weight matrix (out, in), plus bias (out,): (1, out).
+
+        Args:
+            weight: contiguous bfloat16 or float16, or int8; used as it is stored. (torch is as
+                fast for float32.)
+            x: float32.
+            bias: float32, contiguous.
+        """
+        values = weight.values if isinstance(weight, Int8Weights) else weight
+        outputs, inputs = values.shape
+        _check("x", x)
+        if x.shape != (1, inputs) or not values.is_contiguous() or values.device.type != "cpu":
+            raise ValueError(
+                f"x {tuple(x.shape)} must be (1, {inputs}), and the weight contiguous on the CPU"
+            )
+        if bias is not None:
+            _check_in_place("bias", bias, 1)
+            if bias.shape[0] != outputs:
+                raise ValueError(f"bias has {bias.shape[0]} numbers for {outputs} outputs")
+        x, out = _rows(x), torch.empty(1, outputs)
+        tail = (None if bias is None else bias.data_ptr(), out.data_ptr(), _threads(values.numel()))
+        if isinstance(weight, Int8Weights):
+            self._c.gemv_i8(
+                x.data_ptr(), values.data_ptr(), weight.scales.data_ptr(), inputs, outputs,
+                INT8_GROUP, *tail,
+            )  # fmt: skip
+        elif values.dtype in (torch.bfloat16, torch.float16):
+            getattr(self._c, f"gemv_{_SUFFIXES[values.dtype]}")(
+                x.data_ptr(), values.data_ptr(), inputs, outputs, *tail
+            )
+        else:
+            raise ValueError(f"gemv takes bfloat16, float16 or int8 weights, got {values.dtype}")
+        return out
+
+
+def _threads(numbers: int) -> int:
+    return 1 if numbers < LEAST_SHARED else torch.get_num_threads()
+
+
+def _check(name: str, tensor: Tensor) -> None:
+    if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
+        raise ValueError(
+            f"{name} is {tensor.dtype} on {tensor.device}; native kernels take float32 on the CPU"
+        )
+
+
+def _check_in_place(name: str, tensor: Tensor, ndim: int) -> None:
+    """For what is written, or is too large to copy."""
+    _check(name, tensor)
+    if tensor.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions, got {tuple(tensor.shape)}")
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(f"the last dimension of {name} must be contiguous")
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """With a contiguous last dimension."""
+    if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
+        return tensor
+    return tensor.contiguous()
+
+
+def _placed(positions: slice | Tensor, capacity: int) -> tuple[Tensor | None, int, int]:
+    """(positions or None, the first, one behind the last), within the capacity."""
+    if isinstance(positions, slice):
+        start, end, step = positions.indices(capacity)
+        if step != 1:
+            raise ValueError(f"positions {positions!r} must have no step")
+        return None, start, max(start, end)
+    if positions.dtype is not torch.int64 or positions.ndim != 1:
+        raise ValueError(f"positions must be int64 (n,), got {positions.dtype} {positions.shape}")
+    if positions.shape[0] == 0:
+        return positions, 0, 0
+    at = positions.contiguous()
+    low, high = int(at.min()), int(at.max())
+    if low < 0 or high >= capacity:
+        raise ValueError(f"positions {low} .. {high} are not within 0 .. {capacity - 1}")
+    return at, low, high + 1
