@@ -25,7 +25,7 @@ from kvrag.precompute.job import Progress
 from kvrag.retrieval import load
 
 HERE = Path(__file__).parent
-STRATEGIES = ("full", "cacheblend")
+STRATEGIES = ("full", "fast")
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def ask(engine: Engine, console: Console, question: str, expected: str) -> dict[
         console.print(f"  {strategy:10}  {answer.text.strip()}", markup=False, highlight=False)
     sources = ", ".join(
         f"{source.title} ({source.score:.2f}, {source.tier})"
-        for source in answers["cacheblend"].sources
+        for source in answers["fast"].sources
     )
     console.print(f"  sources     {sources}\n", markup=False, highlight=False, style="dim")
     return answers
@@ -101,7 +101,7 @@ def compare(console: Console, rows: list[tuple[str, dict[str, Answer]]]) -> None
             f"{blend.effective_ratio:.0%}",
         )
     speedups = [
-        answers["full"].report.ttft_s / answers["cacheblend"].report.ttft_s for _, answers in rows
+        answers["full"].report.ttft_s / answers["fast"].report.ttft_s for _, answers in rows
     ]
     table.add_row("median", "", "", f"{statistics.median(speedups):.1f} x", "")
     console.print(table)

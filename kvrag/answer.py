@@ -6,9 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from kvrag.fusion.controller import Reason
 from kvrag.generation.decode import FinishReason
 
-__all__ = ["Answer", "Report", "Source", "Spans", "TokenCounts"]
+__all__ = ["Answer", "Report", "Source", "Spans", "TokenCounts", "TokenReport"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,15 @@ class TokenCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenReport:
+    """One context token. score: what the strategy gave it last; None where it gave none."""
+
+    position: int
+    recomputed: bool
+    score: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Spans:
     """Seconds. `load` runs beside `compute`; what it did not hide is `stall`."""
 
@@ -35,6 +45,21 @@ class Spans:
     stall: float
     compute: float
     decode: float
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What the controller decided before a prompt ran, and what it foresaw.
+
+    ratio: of the strategy that ran. Predictions are seconds, None while something that they need
+    was never measured. error: |predicted - actual| / actual of the time to the first token.
+    """
+
+    ratio: float
+    reason: Reason
+    predicted_ttft_s: float | None
+    predicted_stall_s: float | None
+    error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +72,8 @@ class Report:
     prefix_match: the prompt's prefix is the one that the blocks were computed behind.
     dropped: ids of chunks that did not fit into the context.
     warnings: sentences about what went wrong without spoiling the answer.
+    per_token: one entry a context token, in order; None unless it was asked for.
+    control: None if the answer was cancelled before anything was decided.
     """
 
     strategy: str
@@ -57,6 +84,8 @@ class Report:
     spans: Spans
     dropped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    per_token: tuple[TokenReport, ...] | None = None
+    control: Control | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,14 @@ class Settings(BaseSettings):
         description="Most tokens of a prompt with its answer; None is all the model has.",
     )
     device: str = Field("cpu", description="torch device.")
+    kernels: Literal["auto", "torch", "cpu", "triton"] = Field(
+        "auto",
+        description="What calculates; auto is triton on a GPU where it can run, and cpu otherwise.",
+    )
+    kernels_dir: Path = Field(
+        default_factory=lambda: _cache_dir() / "kernels",
+        description="Cache folder of native code, which is compiled at first use.",
+    )
     threads: int | None = Field(
         None, ge=1, description="Threads of torch in this process; None leaves torch's choice."
     )
@@ -90,13 +98,20 @@ class Settings(BaseSettings):
         256, ge=32, le=2048, description="Most tokens of a chunk made from a document."
     )
     k: int = Field(4, ge=1, description="Chunks retrieved for a question.")
-    strategy: str = Field("cacheblend", description="Fusion strategy.")
+    strategy: str = Field("fast", description="Fusion strategy.")
     ratio: float | None = Field(
         None, ge=0, le=1, description="Recompute ratio; None is the strategy's own."
+    )
+    controller: bool = Field(
+        True,
+        description="Whether slow loading may raise a ratio that nobody gave, or be left out.",
     )
     ram_bytes: int = Field(2 * 2**30, ge=0, description="Most bytes of KV in memory.")
     disk_bytes: int | None = Field(
         None, ge=0, description="Most bytes of KV on disk; None is no limit."
+    )
+    device_bytes: int = Field(
+        0, ge=0, description="Most bytes of decoded KV kept on the device; 0 keeps none."
     )
     max_document_bytes: int = Field(
         64 * 2**20, ge=1, description="Larger files are skipped when a folder is read."
@@ -105,6 +120,9 @@ class Settings(BaseSettings):
     port: int = Field(8321, ge=0, le=65535, description="Port of `kvrag serve`; 0 picks one.")
     queue_size: int = Field(
         64, ge=1, description="Requests that may wait; one more is answered with 429."
+    )
+    verify_on_start: bool = Field(
+        True, description="Whether `kvrag serve` checks blending first, and refuses it if it fails."
     )
     eval_data: Path | None = Field(
         None, description="Folder of evaluation data for `kvrag bench fidelity` and `bench layers`."
@@ -117,7 +135,7 @@ class Settings(BaseSettings):
         except ValidationError as exc:
             raise SettingsError(_sentence(exc)) from exc
 
-    @field_validator("home", "models_dir", "eval_data")
+    @field_validator("home", "models_dir", "kernels_dir", "eval_data")
     @classmethod
     def _expand(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser().absolute()

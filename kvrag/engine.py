@@ -21,18 +21,22 @@ from typing import Any, Self, TypeVar
 import torch
 
 from kvrag.answer import Answer
+from kvrag.blending import Blending
 from kvrag.blocks import ChunkBlocks
 from kvrag.config import Settings
 from kvrag.corpus import Corpus
 from kvrag.errors import ClosedError, InputError, SettingsError
-from kvrag.fusion import FusionStrategy, create
+from kvrag.fusion import FusionStrategy, Prompt, create
+from kvrag.fusion.controller import Controller
+from kvrag.fusion.device import DeviceCache, DeviceLoading
+from kvrag.generation.graph import GraphedDecoding
 from kvrag.generation.params import GenerationParams
 from kvrag.generation.prefix_cache import PrefixCache
 from kvrag.models.forward import extend
-from kvrag.models.source import open_model
+from kvrag.models.source import Model, open_model
 from kvrag.passages import Passage, passage_chunks
 from kvrag.precompute.job import PrecomputeJob, Progress
-from kvrag.prefill import Prefill, Prefilled
+from kvrag.prefill import Fitted, Prefill, Prefilled
 from kvrag.prompting import PromptLayout
 from kvrag.references import References
 from kvrag.retrieval.catalog import Catalog, Counts, StoredDocument
@@ -60,11 +64,16 @@ class Engine:
     """Answers questions over passages or a corpus. Open it with `Engine.open`.
 
     Thread-safe; requests that run at the same time share the processor.
+
+    `blending` may be set at any time: where it is refused, requests that begin from then on are
+    answered by full prefill, and their reports say so. `controller` has measured what this machine
+    does, and chooses the ratio of answers whose request and settings leave it open.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        """Use `Engine.open`."""
+    def __init__(self, settings: Settings, *, model: Model | None = None) -> None:
+        """Use `Engine.open`. `model`: one that is open already for these settings."""
         self.settings = settings
+        self.blending = Blending()
         if settings.threads is not None:
             # torch knows one number of threads a process; the last engine opened sets it.
             torch.set_num_threads(settings.threads)
@@ -73,16 +82,21 @@ class Engine:
             create(settings.strategy, settings.ratio)
         except InputError as exc:
             raise SettingsError(f"setting 'strategy' or 'ratio': {exc}") from exc
-        self.model = open_model(
+        self.model = model or open_model(
             settings.model,
             settings.models_dir,
             dtype=getattr(torch, settings.dtype),
             device=device,
             context_length=settings.context_length,
             int8_decoding=settings.decode_weights == "int8",
+            kernels=settings.kernels,
+            kernels_dir=settings.kernels_dir,
         )
         self._codec = codec(settings.codec)
         self._prefixes = PrefixCache(self.model.decoder)
+        self.controller = Controller(self.model.decoder)
+        self._on_device = DeviceLoading.of(self.model.decoder.device, settings.device_bytes)
+        self._graphed = GraphedDecoding(self.model.decoder) if device.type == "cuda" else None
         home = settings.home
         try:
             # Texts of documents lie here: for nobody else to read.
@@ -127,6 +141,7 @@ class Engine:
         strategy: str | FusionStrategy | None = None,
         ratio: float | None = None,
         cancelled: Callable[[], bool] = lambda: False,
+        per_token: bool = False,
         **generation: Any,
     ) -> Answer:
         """Answer a question over `passages`, or over the `k` nearest chunks of the corpus.
@@ -135,6 +150,7 @@ class Engine:
             strategy: name of a fusion strategy, see `kvrag.fusion.strategy_names()`, or one.
             ratio: recompute ratio, for strategies that select.
             cancelled: asked between layers and tokens; true ends the answer early.
+            per_token: whether the report tells of each context token.
             generation: see `GenerationParams`: max_tokens, temperature, top_p, top_k, seed, stop.
 
         Raises:
@@ -147,6 +163,7 @@ class Engine:
             strategy=strategy,
             ratio=ratio,
             cancelled=cancelled,
+            per_token=per_token,
             **generation,
         )
         for _ in stream:
@@ -162,6 +179,7 @@ class Engine:
         strategy: str | FusionStrategy | None = None,
         ratio: float | None = None,
         cancelled: Callable[[], bool] = lambda: False,
+        per_token: bool = False,
         **generation: Any,
     ) -> AnswerStream:
         """As `answer`, as an iterator over pieces of text; `.answer` is there at its end.
@@ -171,9 +189,19 @@ class Engine:
         params = GenerationParams.of(generation)
         if not params.stop:
             params = replace(params, stop=self._layout.stop)
-        plan = self._strategy(strategy, ratio)
-        context = self._context(question, passages, k, params.max_tokens)
-        return AnswerStream(self.model, context, plan, params, self._unless_closed(cancelled))
+        asked = self._strategy(strategy, ratio)
+        adapt = self._adapts(strategy, ratio)
+        context = self._context(question, passages, k, params.max_tokens, adapt=adapt)
+        context, plan = self.blending.admit(context, asked)
+        return AnswerStream(
+            self.model,
+            context,
+            plan,
+            params,
+            self._unless_closed(cancelled),
+            per_token=per_token,
+            graphed=self._graphed,
+        )
 
     @torch.inference_mode()
     def logprobs(
@@ -216,21 +244,38 @@ class Engine:
         k: int | None = None,
         strategy: str | FusionStrategy | None = None,
         ratio: float | None = None,
+        corpus_prefix: str | None = None,
     ) -> Prefilled:
-        """Fill a KV cache with the prompt, with room for `new_tokens` more, and go no further."""
-        context = self._context(question, passages, k, new_tokens)
-        prefilled = context.prefill(
-            self._strategy(strategy, ratio),
-            new_tokens=new_tokens,
-            cancelled=self._unless_closed(lambda: False),
-        )
-        if prefilled is None:
-            raise RuntimeError("a prefill that nobody can cancel was cancelled")
-        return prefilled
+        """Fill a KV cache with the prompt, with room for `new_tokens` more, and go no further.
+
+        Args:
+            corpus_prefix: text that the passages' blocks are computed behind; None is the
+                prompt's own prefix.
+        """
+        context = self._context(question, passages, k, new_tokens, corpus_prefix)
+        return self._filled(context, self._strategy(strategy, ratio), new_tokens)
+
+    def fill(
+        self, prompt: Prompt, *, new_tokens: int, strategy: str | FusionStrategy | None = None
+    ) -> Prefilled:
+        """`prefill` of a prompt whose token ids are given; its chunks count as passages."""
+        self._check_open()
+        prefill, fitted = self._passages_prefill(), Fitted(prompt, (), ())
+        context = Context(prefill, fitted, begun=time.perf_counter(), retrieve_s=0.0)
+        return self._filled(context, self._strategy(strategy, None), new_tokens)
+
+    def prompt(self, question: str, passages: Sequence[Passage], *, new_tokens: int = 1) -> Prompt:
+        """The prompt, the same under every strategy, with as many passages as fit."""
+        return self._context(question, passages, None, new_tokens).fitted.prompt
 
     def prompt_ids(self, question: str, passages: Sequence[Passage]) -> tuple[int, ...]:
-        """Token ids of the prompt, the same under every strategy."""
-        return self._context(question, passages, None, 1).fitted.prompt.token_ids
+        """Token ids of the prompt."""
+        return self.prompt(question, passages).token_ids
+
+    @property
+    def default_strategy(self) -> FusionStrategy:
+        """What requests get that name none."""
+        return self._strategy(None, None)
 
     @torch.inference_mode()
     def continuation_logprobs(self, prefilled: Prefilled, token_ids: Sequence[int]) -> torch.Tensor:
@@ -299,6 +344,8 @@ class Engine:
         if not self._references.delete_document(corpus.namespace, document_id):
             return False
         corpus.save()
+        if self.device_cache is not None:
+            self.device_cache.clear()
         return True
 
     def counts(self) -> Counts:
@@ -311,6 +358,11 @@ class Engine:
         self._check_open()
         return self.store.stats()
 
+    @property
+    def device_cache(self) -> DeviceCache | None:
+        """Decoded KV on the device, with its own counters; None without `device_bytes`."""
+        return None if self._on_device is None else self._on_device.cache
+
     # ---- life ------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -321,6 +373,8 @@ class Engine:
             self._closed = True
             if self._corpus is not None:
                 self._corpus[2].close()
+            if self.device_cache is not None:
+                self.device_cache.clear()
             self._catalog.close()
             self.store.close()
 
@@ -408,6 +462,13 @@ class Engine:
             return strategy
         return create(_first(strategy, self.settings.strategy), _first(ratio, self.settings.ratio))
 
+    def _adapts(self, strategy: str | FusionStrategy | None, ratio: float | None) -> bool:
+        """Whether nobody has fixed the ratio."""
+        settings = self.settings
+        name = _first(strategy, settings.strategy)
+        given = ratio is not None or settings.ratio is not None
+        return settings.controller and not given and isinstance(name, str) and "ratio=" not in name
+
     def _job(self) -> PrecomputeJob:
         self._check_open()
         # The corpus prefix is fixed by whoever makes the corpus.
@@ -423,7 +484,14 @@ class Engine:
         return PrecomputeJob(corpus, blocks, self._references, self.store.holds_durably)
 
     def _context(
-        self, question: str, passages: Sequence[Passage] | None, k: int | None, new_tokens: int
+        self,
+        question: str,
+        passages: Sequence[Passage] | None,
+        k: int | None,
+        new_tokens: int,
+        corpus_prefix: str | None = None,
+        *,
+        adapt: bool = False,
     ) -> Context:
         self._check_open()
         self._references.refresh()
@@ -432,11 +500,9 @@ class Engine:
                 raise InputError("give passages or k, not both")
             begun = time.perf_counter()
             chunks = passage_chunks(passages, self.model.tokenizer)
-            prefill = Prefill(
-                self.model, self._layout, self._blocks(self._layout.prefix_ids), self._prefixes
-            )
+            prefill = self._passages_prefill(corpus_prefix)
             fitted = prefill.fit(question, chunks, new_tokens)
-            return Context(prefill, fitted, begun=begun, retrieve_s=0.0)
+            return Context(prefill, fitted, begun=begun, retrieve_s=0.0, adapt=adapt)
         begun = time.perf_counter()
         found = self.retrieve(question, k=k)
         retrieved = time.perf_counter()
@@ -444,9 +510,31 @@ class Engine:
         self._references.add_for_query(
             ((item.handle.key, int(item.chunk.id)) for item in found), blocks.scope
         )
-        prefill = Prefill(self.model, self._layout, blocks, self._prefixes)
+        prefill = self._prefill(blocks)
         fitted = prefill.fit(question, [item.chunk for item in found], new_tokens)
-        return Context(prefill, fitted, begun=retrieved, retrieve_s=retrieved - begun)
+        retrieve_s = retrieved - begun
+        return Context(prefill, fitted, begun=retrieved, retrieve_s=retrieve_s, adapt=adapt)
+
+    def _passages_prefill(self, corpus_prefix: str | None = None) -> Prefill:
+        prefix_ids = self._layout.prefix_ids
+        if corpus_prefix is not None:
+            tokenizer = self.model.tokenizer
+            prefix_ids = (*tokenizer.bos_ids, *tokenizer.encode(corpus_prefix))
+        return self._prefill(self._blocks(prefix_ids))
+
+    def _prefill(self, blocks: ChunkBlocks) -> Prefill:
+        return Prefill(
+            self.model, self._layout, blocks, self._prefixes, self.controller, self._on_device
+        )
+
+    def _filled(self, context: Context, strategy: FusionStrategy, new_tokens: int) -> Prefilled:
+        context, strategy = self.blending.admit(context, strategy)
+        prefilled = context.prefill(
+            strategy, new_tokens=new_tokens, cancelled=self._unless_closed(lambda: False)
+        )
+        if prefilled is None:
+            raise RuntimeError("a prefill that nobody can cancel was cancelled")
+        return prefilled
 
     def _continuation_ids(self, continuation: str | Sequence[int]) -> list[int]:
         vocab = self.model.decoder.config.vocab_size

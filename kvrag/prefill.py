@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvrag.answer import TokenCounts
+from kvrag.answer import Control, TokenCounts, TokenReport
 from kvrag.blocks import ChunkBlocks
 from kvrag.errors import InputError, PromptTooLongError
-from kvrag.fusion.base import FusionReport, FusionStrategy, fuse
+from kvrag.fusion.base import FusionReport, FusionStrategy, LayerStream, fuse
+from kvrag.fusion.controller import ChunkSource, Controller, Decision
+from kvrag.fusion.device import DeviceLoading, HeldChunks
 from kvrag.fusion.prompt import Prompt
-from kvrag.fusion.stream import BlockStream, LayerKV
+from kvrag.fusion.stream import BlockStream, LayerKV, TierRead
 from kvrag.generation.kv_cache import KVCache
 from kvrag.generation.prefix_cache import PrefixCache
 from kvrag.models.source import Model
@@ -23,8 +28,8 @@ from kvrag.text import check_text
 
 __all__ = ["ContextChunk", "Fitted", "Prefill", "Prefilled"]
 
-#: `Source.tier` of a chunk whose block no tier had.
-COMPUTED = "computed"
+#: `Source.tier` of a chunk whose block no tier had, and of one that the device held.
+COMPUTED, DEVICE = "computed", "device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +55,13 @@ class Fitted:
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """A prompt in the cache. logits: float32 (1, vocab). `tiers`: one name a chunk. Seconds."""
+    """A prompt in the cache. logits: float32 (1, vocab). `tiers`: one name a chunk. Seconds.
 
+    strategy: name of the one that ran. measured: bytes and seconds of what each tier delivered, by
+    its name. fusion: what the strategy computed. control: what was foreseen, from this run's begin.
+    """
+
+    strategy: str
     prompt: Prompt
     cache: KVCache
     logits: Tensor
@@ -60,18 +70,38 @@ class Prefilled:
     tiers: tuple[str, ...]
     load_s: float
     stall_s: float
+    measured: dict[str, TierRead]
     compute_s: float
+    fusion: FusionReport
+    control: Control
     warnings: tuple[str, ...]
+
+    def per_token(self) -> tuple[TokenReport, ...]:
+        """What became of each context token, in order."""
+        recomputed = set(self.fusion.selected.tolist())
+        first = len(self.prompt.prefix_ids)
+        return tuple(
+            TokenReport(position, position in recomputed, None if math.isnan(score) else score)
+            for position, score in enumerate(self.fusion.scores.tolist(), start=first)
+        )
 
 
 class Prefill:
     """Runs prompts of one model and one corpus prefix. Thread-safe: state is in each run."""
 
     def __init__(
-        self, model: Model, layout: PromptLayout, blocks: ChunkBlocks, prefixes: PrefixCache
+        self,
+        model: Model,
+        layout: PromptLayout,
+        blocks: ChunkBlocks,
+        prefixes: PrefixCache,
+        controller: Controller,
+        device: DeviceLoading | None = None,
     ) -> None:
+        """`device`: None where K and V are used where they load, which is on the CPU."""
         self._model, self._layout, self._blocks = model, layout, blocks
-        self._prefixes = prefixes
+        self._prefixes, self._controller = prefixes, controller
+        self._device = device
 
     def fit(self, question: str, chunks: Sequence[ContextChunk], new_tokens: int) -> Fitted:
         """Lay the prompt out; the last chunks, which score lowest, are dropped until it fits.
@@ -112,15 +142,26 @@ class Prefill:
         strategy: FusionStrategy,
         *,
         new_tokens: int,
+        adapt: bool = False,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Prefilled | None:
         """Fill a cache with the prompt, with room for `new_tokens` more; None if cancelled.
 
         Blocks that are missing or damaged are computed alone, written and then fused like any
         other.
+
+        Args:
+            adapt: whether the controller may choose another ratio, or full prefill.
         """
-        run = _Run(self._model, self._blocks, prompt, strategy)
-        return run.execute(self._prefixes, new_tokens, cancelled)
+        if cancelled():
+            return None
+        keys = (self._blocks.key(span.token_ids) for span in prompt.chunks)
+        device = self._device if strategy.uses_blocks else None
+        with closing(HeldChunks(device, keys, len(prompt.chunks))) as held:
+            run = _Run(
+                self._model, self._blocks, prompt, strategy, held, self._controller, adapt=adapt
+            )
+            return run.execute(self._prefixes, new_tokens, cancelled)
 
 
 class _Run:
@@ -132,18 +173,20 @@ class _Run:
         blocks: ChunkBlocks,
         prompt: Prompt,
         strategy: FusionStrategy,
+        held: HeldChunks,
+        controller: Controller,
+        *,
+        adapt: bool,
     ) -> None:
-        self._model, self._blocks, self._prompt = model, blocks, prompt
-        self._strategy = strategy
+        self._model, self._blocks, self._prompt, self._held = model, blocks, prompt, held
+        self._strategy, self._controller, self._adapt = strategy, controller, adapt
         self._warnings: list[str] = []
 
     def execute(
         self, prefixes: PrefixCache, new_tokens: int, cancelled: Callable[[], bool]
     ) -> Prefilled | None:
-        if cancelled():
-            return None
         begun = time.perf_counter()
-        model, prompt = self._model, self._prompt
+        model, prompt, held = self._model, self._prompt, self._held
         decoder = model.decoder
         cache = KVCache(
             decoder.config,
@@ -151,29 +194,54 @@ class _Run:
             dtype=decoder.compute_dtype,
             device=decoder.device,
         )
-        first_chunks = self._strategy.first_chunks(decoder, prompt)
         readers = self._open()
-        tiers = [COMPUTED if reader is None else reader.tier for reader in readers]
+        decision = self._decide(readers)
+        decided = time.perf_counter()
+        self._strategy = decision.strategy
+        first_chunks = self._strategy.first_chunks(decoder, prompt)
+        aside = None
+        if readers and not self._strategy.uses_blocks:
+            aside = self._aside(readers, probe=decision.probe)
+            readers = []
+        tiers = ["none"] * len(prompt.chunks)
+        if self._strategy.uses_blocks:
+            loaded_from = [COMPUTED if reader is None else reader.tier for reader in readers]
+            tiers = held.spread(loaded_from, DEVICE)
         # Loading begins here, beside all that is computed below.
-        stream = BlockStream(readers, self._blocks.codec, self._recompute, first_chunks)
+        first_to_load = held.first_to_load(first_chunks)
+        stream = BlockStream(readers, self._blocks.codec, self._recompute, first_to_load)
+        layers: LayerStream = stream
         try:
+            layers = held.layers(stream, first_chunks)
             # Before any chunk is computed behind it: what this request computes was not cached.
             prefix_cached = prefixes.fill(cache, prompt.prefix_ids)
-            for chunk in stream.holes:
+            holes = stream.holes
+            for chunk in holes:
                 if cancelled():
                     return None
                 stream.compute(chunk)
-            fused = fuse(self._strategy.start(decoder, prompt, stream, cache), cancelled)
+            started, waited_s = time.perf_counter(), stream.stall_s
+            fused = fuse(self._strategy.start(decoder, prompt, layers, cache), cancelled)
+            ended = time.perf_counter()
         finally:
-            stream.close()
+            layers.close()
+            if aside is not None:
+                aside.close()
         if fused is None:
             return None
         for chunk in stream.computed:
-            tiers[chunk] = COMPUTED
-        if not self._strategy.uses_blocks:
-            tiers = ["none"] * len(prompt.chunks)
+            tiers[held.to_load[chunk]] = COMPUTED
+        self._controller.loaded(stream.measured if aside is None else aside.measured)
+        as_planned = stream.computed == frozenset(holes)
+        self._controller.ran(
+            decision,
+            compute_s=ended - started - (stream.stall_s - waited_s) if as_planned else 0.0,
+            stall_s=stream.stall_s,
+            seconds=ended - decided,
+        )
         tokens, ratio = self._accounts(fused.report, tiers, prefix_cached=prefix_cached)
         return Prefilled(
+            strategy=self._strategy.name,
             prompt=prompt,
             cache=cache,
             logits=fused.logits,
@@ -182,27 +250,56 @@ class _Run:
             tiers=tuple(tiers),
             load_s=stream.load_s,
             stall_s=stream.stall_s,
+            measured=stream.measured,
             compute_s=time.perf_counter() - begun - stream.stall_s,
+            fusion=fused.report,
+            control=_control(decision, decided - begun),
             warnings=tuple(dict.fromkeys(self._warnings)),
         )
 
     def _open(self) -> list[BlockReader | None]:
-        """An open reader for each chunk, None where no tier has a sound block."""
+        """An open reader for each chunk to load, None where no tier has a sound block."""
         readers: list[BlockReader | None] = []
         if not self._strategy.uses_blocks:
             return readers
         try:
             # One by one into the list: those that are open must be closed if one fails.
-            readers.extend(self._blocks.open(span.token_ids) for span in self._prompt.chunks)
+            readers.extend(map(self._blocks.open, self._token_ids_to_load()))
         except BaseException:
-            for reader in readers:
-                if reader is not None:
-                    reader.close()
+            _close(readers)
             raise
         return readers
 
+    def _token_ids_to_load(self) -> list[tuple[int, ...]]:
+        return [self._prompt.chunks[chunk].token_ids for chunk in self._held.to_load]
+
+    def _decide(self, readers: Sequence[BlockReader | None]) -> Decision:
+        """What runs instead of what was asked for; closes the readers if that fails."""
+        try:
+            sources = [None if reader is None else _source(reader) for reader in readers]
+            if self._strategy.uses_blocks:
+                # What the device holds is not loaded.
+                sources = self._held.spread(sources, ChunkSource(DEVICE, ()))
+            return self._controller.decide(self._prompt, self._strategy, sources, adapt=self._adapt)
+        except BaseException:
+            _close(readers)
+            raise
+
+    def _aside(self, readers: Sequence[BlockReader | None], *, probe: bool) -> BlockStream | None:
+        """Read what nobody waits for, to see what its tiers deliver now; or close the readers."""
+        if not probe:
+            _close(readers)
+            return None
+        everything = [0] * self._model.decoder.config.num_layers
+        return BlockStream(readers, self._blocks.codec, self._recompute, everything)
+
     def _recompute(self, index: int) -> list[LayerKV]:
-        block = self._blocks.compute(self._prompt.chunks[index].token_ids)
+        """All layers of one of the chunks to load."""
+        token_ids, begun = self._token_ids_to_load()[index], time.perf_counter()
+        block = self._blocks.compute(token_ids)
+        self._controller.computed_alone(
+            len(self._blocks.prefix_ids), len(token_ids), time.perf_counter() - begun
+        )
         outcome = self._blocks.put(block)
         if not outcome.durable:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.refused)
@@ -214,7 +311,7 @@ class _Run:
     ) -> tuple[TokenCounts, float]:
         prompt = self._prompt
         layers = self._model.decoder.config.num_layers
-        selected = report.selected
+        selected = report.selected.tolist()
         computed = len(prompt.question_ids) + (0 if prefix_cached else len(prompt.prefix_ids))
         recomputed = 0
         isolated_rows = 0
@@ -223,12 +320,35 @@ class _Run:
                 computed += len(span.token_ids)
                 isolated_rows += layers * len(span.token_ids) * (tier == COMPUTED)
             else:
-                recomputed += int(((selected >= span.start) & (selected < span.end)).sum())
+                recomputed += bisect_left(selected, span.end) - bisect_left(selected, span.start)
         tokens = TokenCounts(
             prompt=prompt.length,
             reused=prompt.length - computed - recomputed,
             recomputed=recomputed,
             computed=computed,
         )
-        rows = report.context_rows + isolated_rows
+        rows = report.computed_rows + isolated_rows
         return tokens, rows / (layers * prompt.context_tokens) if prompt.context_tokens else 0.0
+
+
+def _close(readers: Sequence[BlockReader | None]) -> None:
+    for reader in readers:
+        if reader is not None:
+            reader.close()
+
+
+def _source(reader: BlockReader) -> ChunkSource:
+    return ChunkSource(
+        reader.tier, tuple(segment.padded_nbytes for segment in reader.header.segments)
+    )
+
+
+def _control(decision: Decision, before_s: float) -> Control:
+    """`before_s`: seconds from the run's begin to the decision."""
+    seconds = decision.predicted_s
+    return Control(
+        ratio=decision.strategy.ratio,
+        reason=decision.reason,
+        predicted_ttft_s=None if seconds is None else before_s + seconds,
+        predicted_stall_s=decision.predicted_stall_s,
+    )

@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from kvrag.answer import Answer, Report, Source, Spans, TokenCounts
+from kvrag.answer import Answer, Control, Report, Source, Spans, TokenCounts
 from kvrag.errors import KvragError
 from kvrag.fusion.base import FusionStrategy
 from kvrag.generation.decode import FinishReason, decode
+from kvrag.generation.graph import GraphedDecoding
 from kvrag.generation.params import GenerationParams
 from kvrag.models.source import Model
 from kvrag.prefill import Fitted, Prefill, Prefilled
@@ -24,13 +25,20 @@ class UnfinishedError(KvragError):
 class Context:
     """A laid-out prompt and how to fill a cache with it.
 
-    `begun` is when the passages were known (`time.perf_counter`): TTFT counts from there.
+    `begun` is when the passages were known (`time.perf_counter`): TTFT counts from there. `adapt`:
+    whether the controller may choose another ratio, or full prefill.
     """
 
     def __init__(
-        self, prefill: Prefill, fitted: Fitted, *, begun: float, retrieve_s: float
+        self,
+        prefill: Prefill,
+        fitted: Fitted,
+        *,
+        begun: float,
+        retrieve_s: float,
+        adapt: bool = False,
     ) -> None:
-        self._prefill, self.fitted = prefill, fitted
+        self._prefill, self.fitted, self._adapt = prefill, fitted, adapt
         self.layout_s = time.perf_counter() - begun
         self.retrieve_s = retrieve_s
 
@@ -46,6 +54,7 @@ class Context:
             self.fitted.prompt,
             strategy,
             new_tokens=new_tokens,
+            adapt=self._adapt,
             cancelled=cancelled,
         )
 
@@ -63,7 +72,12 @@ class AnswerStream:
         strategy: FusionStrategy,
         params: GenerationParams,
         cancelled: Callable[[], bool],
+        *,
+        per_token: bool = False,
+        graphed: GraphedDecoding | None = None,
     ) -> None:
+        """`per_token`: whether the report has an entry for each context token."""
+        self._per_token, self._graphed = per_token, graphed
         self._model, self._context = model, context
         self._strategy, self._params = strategy, params
         self._asked_cancel = cancelled
@@ -115,7 +129,12 @@ class AnswerStream:
         first_s: float | None = None
         decode_s, working = 0.0, time.perf_counter()
         for token in decode(
-            self._model, prefilled.cache, prefilled.logits, self._params, self._cancelled
+            self._model,
+            prefilled.cache,
+            prefilled.logits,
+            self._params,
+            self._cancelled,
+            self._graphed,
         ):
             now = time.perf_counter()
             first_s = now - begun if first_s is None else first_s
@@ -146,7 +165,7 @@ class AnswerStream:
                 f"chunks were left out ({', '.join(dropped)})"
             )
         return Report(
-            strategy=self._strategy.name,
+            strategy=prefilled.strategy if prefilled else self._strategy.name,
             ttft_s=ttft_s,
             effective_ratio=prefilled.effective_ratio if prefilled else 0.0,
             prefix_match=fitted.prompt.prefix_match,
@@ -160,4 +179,15 @@ class AnswerStream:
             ),
             dropped=dropped,
             warnings=tuple(warnings),
+            per_token=prefilled.per_token() if prefilled and self._per_token else None,
+            control=self._control(prefilled.control, ttft_s) if prefilled else None,
         )
+
+    def _control(self, control: Control, ttft_s: float) -> Control:
+        """What was foreseen, with what was known before, and how wrong that was."""
+        seconds = control.predicted_ttft_s
+        if seconds is None:
+            return control
+        seconds += self._context.layout_s
+        error = abs(seconds - ttft_s) / ttft_s if ttft_s else None
+        return replace(control, predicted_ttft_s=seconds, error=error)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 from .block import Block, BlockHeader, encode_header, verify_segment
 from .errors import BlockFormatError, DamagedBlockError, StoreError, TierError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from .placement import Placement
     from .slot import Slot
 
-__all__ = ["Expected", "Loading"]
+__all__ = ["Expected", "Fetched", "Loading"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,20 @@ class Expected:
         if header.token_ids != self.token_ids:
             return "its token ids are others"
         return None
+
+
+class Fetched(NamedTuple):
+    """What one fetch brought.
+
+    `segments`: read-only, padded, verified. `tier`: name of the tier they are from, and
+    `read_nbytes` what this fetch read there: nothing of what was held already. `admit`, if there is
+    one, admits the block to the faster tiers: the last missing segment is there. Call it once.
+    """
+
+    segments: list[memoryview]
+    tier: str
+    read_nbytes: int
+    admit: Callable[[], None] | None
 
 
 class Loading:
@@ -85,30 +100,38 @@ class Loading:
         slot = self._slot
         return slot.name if slot is not None else ""
 
+    @property
+    def in_memory(self) -> bool:
+        slot = self._slot
+        return slot is not None and not slot.durable
+
     def find(self) -> bool:
         """Seek the block, fastest tier first, unless that was done before; whether it was found."""
-        with self._lock:
-            if not self._sought:
-                self._seek(0)
-                self._sought = True
-                if self._header is not None:
-                    self._held = [None] * len(self._header.segments)
-                    self._missing = len(self._held)
-            if self._slot is None:
-                return False
-            self._slot.count(hits=1)
-            return True
+        slot = self._slot if self._sought else None
+        if slot is None:  # else without waiting for a read that is under way
+            with self._lock:
+                if not self._sought:
+                    self._seek(0)
+                    if self._header is not None:
+                        self._held = [None] * len(self._header.segments)
+                        self._missing = len(self._held)
+                    self._sought = True
+                slot = self._slot
+        if slot is None:
+            return False
+        slot.count(hits=1)
+        return True
 
-    def read(self, first: int, last: int) -> list[memoryview]:
-        """Verified segments `first` … `last - 1`, padded."""
+    def fetch(self, first: int, last: int) -> Fetched:
+        """Segments `first` … `last - 1`; runs of those that are not held are one read each."""
         if not 0 <= first < last <= len(self._held):
             raise ValueError(
                 f"the block has segments 0 to {len(self._held)}, got the range {first} to {last}"
             )
         held = self._range(first, last)
         if held is not None:  # without waiting for a read of other segments
-            return held
-        whole: Block | None = None
+            return Fetched(held, self.tier, 0, None)
+        nbytes = 0
         with self._lock:
             index = first
             while index < last:
@@ -118,17 +141,11 @@ class Loading:
                 end = index + 1
                 while end < last and self._held[end] is None:
                     end += 1
-                self._fetch(index, end)
+                nbytes += self._fetch(index, end)
                 index = end
-            source = self._slot
-            if not self._missing and source not in (None, self._placement.slots[0]):
-                whole = self._whole()
-        if whole is not None and source is not None:
-            self._promote(self, whole, source)
-        held = self._range(first, last)
-        if held is None:
-            raise StoreError("the block was closed while it was read")
-        return held
+            admit = self._admission() if nbytes and not self._missing else None
+            segments = [view for view in self._held[first:last] if view is not None]
+            return Fetched(segments, self.tier, nbytes, admit)
 
     def release(self) -> None:
         """The last handle is closed."""
@@ -140,14 +157,18 @@ class Loading:
         held = [view for view in self._held[first:last] if view is not None]
         return held if len(held) == last - first else None
 
-    def _whole(self) -> Block:
-        segments = tuple(view for view in self._held if view is not None)
-        return Block(self.header, encode_header(self.header), segments)
-
     # -- all below with the lock held, I/O included: this is what makes it a single flight --------
 
-    def _fetch(self, first: int, last: int) -> None:
-        """Read from the present tier, or from the next one that has the same block."""
+    def _admission(self) -> Callable[[], None] | None:
+        """What is left to do with a block that is held whole: nothing, if no tier is faster."""
+        if self._slot is None or self._slot is self._placement.slots[0]:
+            return None
+        segments = tuple(view for view in self._held if view is not None)
+        whole = Block(self.header, encode_header(self.header), segments)
+        return partial(self._promote, self, whole, self._slot)
+
+    def _fetch(self, first: int, last: int) -> int:
+        """Read from the present tier, or from the next one that has the same block; bytes read."""
         if self._failure is not None:
             raise self._failure
         name, reason = self.tier, "the block is gone"
@@ -157,8 +178,7 @@ class Loading:
                 with slot.asked():
                     views = slot.tier.segments(self.expected.key, first, last)
                 if views is not None:
-                    self._keep(first, views)
-                    return
+                    return self._keep(first, views)
                 self._placement.correct(slot, self.expected.key)
                 reason = "the block is gone"
             except TierError as exc:
@@ -171,14 +191,16 @@ class Loading:
         self._failure = DamagedBlockError(self.expected.key, name, reason)
         raise self._failure
 
-    def _keep(self, first: int, views: list[memoryview]) -> None:
+    def _keep(self, first: int, views: list[memoryview]) -> int:
         for index, view in enumerate(views, start=first):
             verify_segment(self.header, index, view)
         for index, view in enumerate(views, start=first):
             self._held[index] = view
         self._missing -= len(views)
+        nbytes = sum(map(len, views))
         if self._slot is not None:
-            self._slot.count(bytes_read=sum(map(len, views)))
+            self._slot.count(bytes_read=nbytes)
+        return nbytes
 
     def _judge(self, slot: Slot, reason: str, *, held: BlockHeader | None = None) -> None:
         """Quarantine a copy found damaged, unless another was put in its place meanwhile.

@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from kvrag.bench import fidelity, layers, ttft
+from kvrag.bench import fidelity, kernels, layers, pipeline, ttft
+from kvrag.bench.peers import PEERS, peer_option
 from kvrag.config import Settings
 from kvrag.engine import Engine
 from kvrag.errors import InputError
@@ -38,26 +39,58 @@ app = typer.Typer(
 @app.command("ttft")
 def ttft_command(
     context: typer.Context,
-    chunks: Annotated[int, typer.Option(min=1, help="Chunks a prompt.")] = 16,
+    contexts: Annotated[
+        list[int] | None,
+        typer.Option("--context", min=8, help="Tokens of all chunks; may be repeated; 4096."),
+    ] = None,
     chunk_tokens: Annotated[int, typer.Option(min=8, max=2048, help="Tokens a chunk.")] = 256,
     repetitions: Annotated[int, typer.Option(min=1, help="Prompts that everybody answers.")] = 5,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded a prompt.")] = 16,
-    ratio: Annotated[float, typer.Option(min=0, max=1, help="Recompute ratio.")] = 0.15,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"May be repeated; default {', '.join(ttft.STRATEGIES)}. The one that the "
+            "settings name is always measured."
+        ),
+    ] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Recompute ratio; default: each strategy's own."),
+    ] = None,
     baseline: Annotated[bool, typer.Option(help="Also measure transformers.")] = True,
     baseline_dtype: Annotated[
-        str | None, typer.Option(help="transformers' dtype; default: what we calculate in.")
+        str | None,
+        typer.Option(help="Dtype of transformers and peers; default: what we calculate in."),
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:DTYPE]=PYTHON",
+            help=f"Also measure another engine ({', '.join(PEERS)}) in the environment of that "
+            "interpreter; may be repeated.",
+        ),
+    ] = None,
+    peer_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds for a peer to start, and for each answer.")
+    ] = 1800,
+    plot: Annotated[
+        Path | None, typer.Option(help="Folder for pictures (PNG and SVG); needs matplotlib.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws chunks and questions.")] = 0,
 ) -> None:
-    """Time to first token and decode speed of every strategy against transformers."""
+    """Time to first token and decode speed of strategies, transformers and other engines."""
     options = ttft.TtftOptions(
-        chunks=chunks,
+        contexts=tuple(contexts or (4096,)),
         chunk_tokens=chunk_tokens,
         repetitions=repetitions,
         new_tokens=new_tokens,
+        strategies=tuple(strategy or ttft.STRATEGIES),
         ratio=ratio,
         baseline=baseline,
         baseline_dtype=baseline_dtype,
+        peers=tuple(peer_option(text) for text in peer or ()),
+        peer_timeout_s=peer_timeout,
+        plot=plot,
         seed=seed,
     )
     with _engine(context) as engine:
@@ -72,17 +105,37 @@ def fidelity_command(
     ],
     items: Annotated[int, typer.Option(min=2, help="Items drawn from each.")] = 100,
     half: Annotated[Half, typer.Option(help="Which half: tune on even, report odd.")] = Half.odd,
-    ratio: Annotated[
-        list[float] | None, typer.Option(min=0, max=1, help="May be repeated; default 0.15.")
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="May be repeated, with options: cacheblend:ratio=0.05. Default: "
+            f"{', '.join(fidelity.STRATEGIES)}."
+        ),
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens compared.")] = 32,
+    answers: Annotated[bool, typer.Option(help="Also write answers, for F1.")] = False,
+    other_prefix: Annotated[
+        str | None,
+        typer.Option(help="Compute blocks behind this text instead of the prompt's prefix."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Folder for pictures (PNG and SVG); needs matplotlib.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws the items.")] = 0,
 ) -> None:
-    """KL and gold-answer NLL of reuse, random selection and CacheBlend against full prefill."""
-    options = fidelity.FidelityOptions(items, half.value, tuple(ratio or (0.15,)), new_tokens, seed)
+    """KL, gold-answer NLL and F1 of strategies against full prefill, on the same items."""
+    options = fidelity.FidelityOptions(
+        items=items,
+        half=half.value,
+        strategies=tuple(strategy or fidelity.STRATEGIES),
+        new_tokens=new_tokens,
+        answers=answers,
+        other_prefix=other_prefix,
+        plot=plot,
+        seed=seed,
+    )
     with _engine(context) as engine:
-        for name in data:
-            fidelity.run(engine, _data_path(engine.settings, name), options)
+        fidelity.run(engine, [_data_path(engine.settings, name) for name in data], options)
 
 
 @app.command("layers")
@@ -97,10 +150,42 @@ def layers_command(
     seed: Annotated[int, typer.Option(help="Draws the items.")] = 0,
 ) -> None:
     """How stale stored KV is in each layer, and what mending each kind of layer would bring."""
-    options = fidelity.FidelityOptions(items, half.value, (), new_tokens, seed)
+    options = fidelity.FidelityOptions(items, half.value, new_tokens=new_tokens, seed=seed)
     with _engine(context) as engine:
         for name in data:
             layers.run(engine, _data_path(engine.settings, name), options)
+
+
+@app.command("pipeline")
+def pipeline_command(
+    context: typer.Context,
+    chunks: Annotated[int, typer.Option(min=1, help="Chunks of the prompt.")] = 16,
+    chunk_tokens: Annotated[int, typer.Option(min=8, max=2048, help="Tokens a chunk.")] = 256,
+    repetitions: Annotated[int, typer.Option(min=1, help="Runs from each place.")] = 5,
+    ratio: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Recompute ratio; default: each strategy's own."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws passages and question.")] = 0,
+) -> None:
+    """How much of loading hides behind computing, with blocks in memory, on disk, and on both."""
+    options = pipeline.PipelineOptions(chunks, chunk_tokens, repetitions, ratio, seed)
+    with _engine(context) as engine:
+        pipeline.run(engine, options)
+
+
+@app.command("kernels")
+def kernels_command(
+    context: typer.Context,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens of the context.")] = 4096,
+    chunk_tokens: Annotated[int, typer.Option(min=8, max=2048, help="Tokens a chunk.")] = 256,
+    ratio: Annotated[float, typer.Option(min=0, max=1, help="Share of scattered rows.")] = 0.15,
+    repetitions: Annotated[int, typer.Option(min=1, help="Runs that the median is of.")] = 5,
+) -> None:
+    """Every kernel in each implementation, against matrix products alone and a plain copy."""
+    options = kernels.KernelOptions(tokens, chunk_tokens, ratio, repetitions)
+    with _engine(context) as engine:
+        kernels.run(engine, options)
 
 
 def _data_path(settings: Settings, name: str) -> Path:

@@ -1,15 +1,16 @@
 """How near a strategy's output is to full prefill's, item by item on the same prompts.
 
-KL divergence of the next-token distributions along full prefill's own greedy answer, and the
-negative log-likelihood of the gold answer: its paired difference and, since a strategy may beat
-full prefill by chance, the mean of the differences' absolute values. Intervals are bootstrapped
-over groups of items that share passages.
+KL divergence of the next-token distributions along full prefill's own greedy answer; the negative
+log-likelihood of the gold answer: its paired difference and, since a strategy may beat full prefill
+by chance, the mean of the differences' absolute values; and F1 of each strategy's own greedy
+answer. Intervals are bootstrapped over groups of items that share passages.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from kvrag.bench.controls import NearestBlend, RandomBlend
-from kvrag.bench.frame import show
+from kvrag.bench.frame import print_environment, print_json, print_table
+from kvrag.bench.overlap import f1
+from kvrag.bench.plots import check_plotting, plot_frontier
 from kvrag.engine import Engine
 from kvrag.errors import InputError
 from kvrag.fusion import FusionStrategy, create
@@ -30,6 +32,7 @@ from kvrag.models.source import Model
 from kvrag.prefill import Prefilled
 
 __all__ = [
+    "STRATEGIES",
     "FidelityOptions",
     "Item",
     "divergence",
@@ -40,29 +43,54 @@ __all__ = [
     "shown",
 ]
 
-METRICS = ("kl", "kl_first", "nll", "nll_difference", "nll_abs_difference")
+STRATEGIES = (
+    "reuse",
+    "epic",
+    "random:ratio=0.15",
+    "nearest:ratio=0.15",
+    "cacheblend:ratio=0.15",
+    "dhd:ratio=0.15",
+    "query_attention:ratio=0.15",
+    "fast",
+    "true",
+)
+#: Name in the JSON and heading in the table.
+METRICS = {
+    "kl": "KL",
+    "kl_first": "KL first",
+    "dnll_mean": "ΔNLL",
+    "dnll_abs": "|ΔNLL|",
+    "f1": "F1",
+}
 _RESAMPLES = 2000
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A question with its passages and gold answer; items of a group share passages."""
+    """A question with its passages and gold answers; items of a group share passages."""
 
     id: str
     group: str
     question: str
-    answer: str
+    answers: tuple[str, ...]
     passages: tuple[dict[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class FidelityOptions:
-    """items drawn, which half of the groups, ratios of the selecting strategies."""
+    """items drawn, which half of the groups, strategies as `create` takes them.
+
+    answers: whether every strategy also writes its answer, for F1. other_prefix: the text that
+    blocks are computed behind in the place of the prompt's own prefix, so that the two differ.
+    """
 
     items: int = 100
     half: Literal["even", "odd", "all"] = "odd"
-    ratios: tuple[float, ...] = (0.15,)
+    strategies: tuple[str, ...] = STRATEGIES
     new_tokens: int = 32
+    answers: bool = False
+    other_prefix: str | None = None
+    plot: Path | None = None
     seed: int = 0
 
 
@@ -88,51 +116,91 @@ def load_items(path: Path, options: FidelityOptions) -> list[Item]:
     return chosen[: options.items]
 
 
-def run(engine: Engine, path: Path, options: FidelityOptions) -> dict[str, Any]:
-    """Measure, print and return means with 95 % intervals (see the last line's JSON)."""
-    items = load_items(path, options)
-    strategies = _strategies(options)
-    scores: dict[str, dict[str, list[float]]] = {
-        name: {metric: [] for metric in METRICS} for name in strategies
-    }
-    ratios: dict[str, list[float]] = {name: [] for name in strategies}
-    full_nll, tokens = [], []
-    for item in track(items, description=path.stem, transient=True):
-        full = _Full(engine, item, options.new_tokens)
-        full_nll.append(full.nll)
-        tokens.append(full.context_tokens)
-        for name, strategy in strategies.items():
-            measured, ratio = full.compare(strategy)
-            ratios[name].append(ratio)
-            for metric, value in measured.items():
-                scores[name][metric].append(value)
-    groups = [item.group for item in items]
-    summary = {
-        name: {m: interval(values, groups) for m, values in by_metric.items()}
-        for name, by_metric in scores.items()
-    }
-    full_interval = interval(full_nll, groups)
+def run(engine: Engine, paths: Sequence[Path], options: FidelityOptions) -> dict[str, Any]:
+    """Measure, print a table a set and the JSON line (see docs/benchmarks.md), and return it."""
+    strategies = {name: create(name) for name in options.strategies}
+    if options.plot is not None:
+        check_plotting()
+    print_environment()
+    sets: dict[str, dict[str, dict[str, Any]]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        sets[path.stem], facts[path.stem] = _set(engine, path, strategies, options)
+        rows = [
+            (
+                name,
+                f"{of['effective_ratio']:.3f}",
+                f"{of['ttft_s']:.3f}",
+                *(_cell(of, metric) for metric in METRICS),
+            )
+            for name, of in sets[path.stem].items()
+        ]
+        columns = ("strategy", "rows", "TTFT s", *METRICS.values())
+        full = facts[path.stem]
+        title = (
+            f"{path.stem}: {full['n']} items, full prefill: {full['ttft_s']:.2f} s, "
+            f"NLL {full['nll']:.3f}"
+        )
+        print_table(title, columns, rows)
     result = {
         "benchmark": "fidelity",
-        "data": path.stem,
-        "items": len(items),
+        "fidelity": sets,
+        "full": facts,
         "half": options.half,
-        "context_tokens": float(np.mean(tokens)),
-        "full_nll": full_interval,
-        "strategies": summary,
-        "effective_ratio": {name: float(np.mean(values)) for name, values in ratios.items()},
+        "prefix_match": options.other_prefix is None,
         "dtype": engine.settings.dtype,
         "codec": engine.settings.codec,
         "model": engine.settings.model,
     }
-    rows = [
-        (name, f"{np.mean(ratios[name]):.3f}", *(shown(by[metric]) for metric in METRICS))
-        for name, by in summary.items()
-    ]
-    columns = ("strategy", "rows", "KL", "KL first", "NLL", "ΔNLL", "|ΔNLL|")
-    title = f"{path.stem}: {len(items)} items, full prefill's NLL {shown(full_interval)}"
-    show(title, columns, rows, result)
+    if options.plot is not None:
+        result["plots"] = [str(file) for file in plot_frontier(options.plot, sets, facts)]
+    print_json(result)
     return result
+
+
+def _set(
+    engine: Engine, path: Path, strategies: dict[str, FusionStrategy], options: FidelityOptions
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """A set's figures by strategy, and those of full prefill."""
+    items = load_items(path, options)
+    scores: dict[str, list[dict[str, float]]] = {name: [] for name in strategies}
+    fulls = []
+    rng = random.Random(options.seed)
+    for item in track(items, description=path.stem, transient=True):
+        full = _Full(engine, item, options)
+        fulls.append(full)
+        # In another order each time: nobody always runs on warm caches.
+        for name in rng.sample(list(strategies), len(strategies)):
+            scores[name].append(full.compare(strategies[name]))
+    groups = [item.group for item in items]
+    summary = {name: _summary(rows, groups) for name, rows in scores.items()}
+    answers = [full.f1 for full in fulls if full.f1 is not None]
+    return summary, {
+        "n": len(items),
+        "nll": float(np.mean([full.nll for full in fulls])),
+        "f1": float(np.mean(answers)) if answers else None,
+        "ttft_s": float(np.median([full.ttft_s for full in fulls])),
+        "prompt_tokens": float(np.mean([full.prompt_tokens for full in fulls])),
+    }
+
+
+def _summary(rows: Sequence[dict[str, float]], groups: Sequence[str]) -> dict[str, Any]:
+    """Means, 95 % intervals and what is no mean of one strategy on one set."""
+    intervals = {m: interval([row[m] for row in rows], groups) for m in METRICS if m in rows[0]}
+    return {
+        **{metric: found["mean"] for metric, found in intervals.items()},
+        "ttft_s": float(np.median([row["ttft_s"] for row in rows])),
+        "effective_ratio": float(np.mean([row["effective_ratio"] for row in rows])),
+        "n": len(rows),
+        "ci95": {metric: [found["low"], found["high"]] for metric, found in intervals.items()},
+    }
+
+
+def _cell(figures: dict[str, Any], metric: str) -> str:
+    if metric not in figures:
+        return "-"
+    low, high = figures["ci95"][metric]
+    return shown({"mean": figures[metric], "low": low, "high": high})
 
 
 def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -153,55 +221,62 @@ def greedy_answer(model: Model, prefilled: Prefilled, new_tokens: int) -> list[i
 class _Full:
     """Full prefill of one item: its greedy answer and the distributions to compare with."""
 
-    def __init__(self, engine: Engine, item: Item, new_tokens: int) -> None:
-        self._engine, self._item, self._new_tokens = engine, item, new_tokens
+    def __init__(self, engine: Engine, item: Item, options: FidelityOptions) -> None:
+        self._engine, self._item, self._options = engine, item, options
         tokenizer = engine.model.tokenizer
         # Behind "Answer:" a model without a chat template goes on with a space.
-        self._gold = tokenizer.encode(f"{'' if tokenizer.has_chat_template else ' '}{item.answer}")
+        space = "" if tokenizer.has_chat_template else " "
+        self._gold = tokenizer.encode(f"{space}{item.answers[0]}")
         # The blocks are computed here, so that no strategy's effective ratio is charged for them.
         self._prefill(create("reuse"))
-        prefilled = self._prefill(create("full"))
-        self._greedy = greedy_answer(engine.model, prefilled, new_tokens)
+        prefilled, self.ttft_s = self._prefill(create("full"))
+        self._greedy = greedy_answer(engine.model, prefilled, options.new_tokens)
         self._logprobs = engine.continuation_logprobs(prefilled, self._greedy)
         self.nll = self._nll(prefilled)
-        self.context_tokens = prefilled.tokens.prompt
+        self.f1 = self._f1(prefilled)
+        self.prompt_tokens = prefilled.tokens.prompt
 
-    def compare(self, strategy: FusionStrategy) -> tuple[dict[str, float], float]:
-        """The metrics of a strategy on this item, and its effective ratio."""
-        prefilled = self._prefill(strategy)
+    def compare(self, strategy: FusionStrategy) -> dict[str, float]:
+        """The metrics of a strategy on this item, its effective ratio and TTFT."""
+        prefilled, ttft_s = self._prefill(strategy)
         other = self._engine.continuation_logprobs(prefilled, self._greedy)
         kl = divergence(self._logprobs, other)
-        nll = self._nll(prefilled)
-        measured = {
+        difference = self._nll(prefilled) - self.nll
+        answer = self._f1(prefilled)
+        return {
             "kl": float(kl.mean()),
             "kl_first": float(kl[0]),
-            "nll": nll,
-            "nll_difference": nll - self.nll,
-            "nll_abs_difference": abs(nll - self.nll),
+            "dnll_mean": difference,
+            "dnll_abs": abs(difference),
+            **({} if answer is None else {"f1": answer}),
+            "ttft_s": ttft_s,
+            "effective_ratio": prefilled.effective_ratio,
         }
-        return measured, prefilled.effective_ratio
 
-    def _prefill(self, strategy: FusionStrategy) -> Prefilled:
-        return self._engine.prefill(
+    def _prefill(self, strategy: FusionStrategy) -> tuple[Prefilled, float]:
+        """The prompt in a cache, and the seconds that it took."""
+        begun = time.perf_counter()
+        prefilled = self._engine.prefill(
             self._item.question,
             passages=self._item.passages,
             strategy=strategy,
-            new_tokens=max(self._new_tokens, len(self._gold)),
+            new_tokens=max(self._options.new_tokens, len(self._gold)),
+            corpus_prefix=self._options.other_prefix,
         )
+        int(prefilled.logits.argmax())
+        return prefilled, time.perf_counter() - begun
 
     def _nll(self, prefilled: Prefilled) -> float:
         """Nats a token of the gold answer."""
         logprobs = self._engine.continuation_logprobs(prefilled, self._gold)
         return -float(logprobs[torch.arange(len(self._gold)), torch.tensor(self._gold)].mean())
 
-
-def _strategies(options: FidelityOptions) -> dict[str, FusionStrategy]:
-    made: dict[str, FusionStrategy] = {"reuse": create("reuse")}
-    for ratio in options.ratios:
-        made[f"random {ratio:g}"] = RandomBlend(ratio=ratio)
-        made[f"nearest {ratio:g}"] = NearestBlend(ratio=ratio)
-        made[f"cacheblend {ratio:g}"] = create("cacheblend", ratio)
-    return made
+    def _f1(self, prefilled: Prefilled) -> float | None:
+        """Of the strategy's own greedy answer; None if no answers are asked for."""
+        if not self._options.answers:
+            return None
+        ids = greedy_answer(self._engine.model, prefilled, self._options.new_tokens)
+        return f1(self._engine.model.tokenizer.decode(ids), self._item.answers)
 
 
 def _item(index: int, line: dict[str, Any]) -> Item:
@@ -209,7 +284,7 @@ def _item(index: int, line: dict[str, Any]) -> Item:
         id=str(line["id"]),
         group=str(line.get("group", index)),
         question=line["question"],
-        answer=line["answers"][0],
+        answers=(line["answers"][0], *line["answers"][1:]),
         passages=tuple({"title": p["title"], "text": p["text"]} for p in line["passages"]),
     )
 

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["environment", "median", "show"]
+__all__ = ["environment", "median", "print_environment", "print_json", "print_table", "show"]
 
 _WIDTH_WITHOUT_TERMINAL = 160
 
@@ -41,14 +41,32 @@ def median(values: Sequence[float]) -> float:
 def show(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], result: Mapping[str, Any]
 ) -> None:
-    """Print the table and, as the last line, `result` with the environment as JSON."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH_WITHOUT_TERMINAL)
-    machine = environment()
-    console.print(", ".join(f"{name} {value}" for name, value in machine.items()), highlight=False)
+    """Print the machine, the table and, as the last line, `result` as JSON."""
+    print_environment()
+    print_table(title, columns, rows)
+    print_json(result)
+
+
+def print_environment() -> None:
+    """One line on the machine and the versions."""
+    _console().print(", ".join(f"{name} {value}" for name, value in environment().items()))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table for people; no text in it is taken for markup."""
     table = Table(*columns, title=title)
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    console.print(table)
-    print(json.dumps({**result, "environment": machine}), flush=True)
+    _console().print(table)
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """`result` with the environment on one line: a benchmark's last."""
+    print(json.dumps({**result, "environment": environment()}), flush=True)
+
+
+def _console() -> Console:
+    console = Console(markup=False, highlight=False)
+    if console.is_terminal:
+        return console
+    return Console(markup=False, highlight=False, width=_WIDTH_WITHOUT_TERMINAL)

@@ -157,7 +157,7 @@ class _Places:
 def _staleness(item: _Item, layer: int) -> tuple[float, float]:
     """Relative squared deviation of the stored K and V of the tokens that could need repair."""
     prompt, cache = item.full.prompt, item.full.cache
-    begin, end = prompt.repairable_start, prompt.question_start
+    begin, end = prompt.repairable.start, prompt.question_start
     if begin == end:
         return 0.0, 0.0
     k, v = (

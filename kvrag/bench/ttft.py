@@ -1,4 +1,4 @@
-"""Time to first token and decode speed of every strategy against transformers, interleaved.
+"""Time to first token and decode speed: kvrag's strategies, transformers and peers, interleaved.
 
 Every repetition draws other chunks in another order and another question, so that nothing but the
 system text repeats from one prompt to the next; the blocks of all chunks lie in memory. All
@@ -8,174 +8,220 @@ contestants answer the same prompt before the next is drawn, since the machine's
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from kvrag.bench.frame import median, show
+from kvrag.bench.contestants import Contestant, Measured, Ours, PeerContestant, Transformers
+from kvrag.bench.frame import print_environment, print_json, print_table
+from kvrag.bench.peers import Load, Peer, PeerError, PeerOption
+from kvrag.bench.plots import check_plotting, plot_lengths, plot_spans
+from kvrag.bench.prompts import DrawnPrompt, Prompts
+from kvrag.bench.ttft_result import COLUMNS, exponents, figures, rows
 from kvrag.engine import Engine
-from kvrag.errors import MissingExtraError
-from kvrag.models.tokenizer import Tokenizer
-from kvrag.passages import passage_chunks
+from kvrag.errors import InputError, ModelError
+from kvrag.fusion import create
 
-__all__ = ["TtftOptions", "run"]
+__all__ = ["STRATEGIES", "TtftOptions", "run"]
 
+#: What is measured besides the strategy that the settings name.
 STRATEGIES = ("full", "reuse", "cacheblend")
-#: No answer has it. Without it, answers of models without a chat template end with a paragraph.
-_NEVER = "\u2063never\u2063"
 
 
 @dataclass(frozen=True, slots=True)
 class TtftOptions:
-    """chunks a prompt, tokens a chunk, repetitions, tokens decoded, and the baseline's dtype."""
+    """What is measured.
 
-    chunks: int = 16
+    contexts: tokens of all chunks of a prompt. ratio: None for the settings' or each strategy's
+    own. baseline_dtype: of transformers and of peers that name none; None for what we calculate
+    in. peer_timeout_s: for a peer's start and for each answer. plot: a folder for pictures.
+
+    Raises:
+        InputError: a context is no whole number of chunks, or a peer is given twice.
+    """
+
+    contexts: tuple[int, ...] = (4096,)
     chunk_tokens: int = 256
     repetitions: int = 5
     new_tokens: int = 16
-    ratio: float = 0.15
+    strategies: tuple[str, ...] = STRATEGIES
+    ratio: float | None = None
     baseline: bool = True
     baseline_dtype: str | None = None
+    peers: tuple[PeerOption, ...] = ()
+    peer_timeout_s: float = 1800
+    plot: Path | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for context in self.contexts:
+            if context < self.chunk_tokens or context % self.chunk_tokens:
+                raise InputError(
+                    f"context is {context} tokens; it must be a multiple of {self.chunk_tokens}, "
+                    "the tokens of a chunk"
+                )
+        labels = [peer.label for peer in self.peers]
+        if len(set(labels)) < len(labels):
+            raise InputError(f"peers are {', '.join(labels)}; each may be given once")
 
 
 def run(engine: Engine, options: TtftOptions) -> dict[str, Any]:
     """Measure, print and return the result (see the last line's JSON)."""
-    draw = _Prompts(engine.model.tokenizer, options)
-    for passage in draw.pool:  # compute the blocks once; they stay in memory
-        engine.answer("Warm up?", passages=[passage], strategy="reuse", max_tokens=1)
-    baseline = _Baseline(engine, options) if options.baseline else None
-    names = (("transformers",) if baseline else ()) + STRATEGIES
-    ttft: dict[str, list[float]] = {name: [] for name in names}
-    decode: dict[str, list[float]] = {name: [] for name in names}
-    stall, tiers, context, ratios = [], set(), [], []
-    rng = random.Random(options.seed)
-    for _ in range(options.repetitions):
-        passages, question = draw.next()
-        # The order within a repetition changes too: nobody always runs on warm caches.
-        for name in rng.sample(names, len(names)):
-            if name == "transformers" and baseline is not None:
-                first, token = baseline.time(passages, question)
-            else:
-                answer = engine.answer(
-                    question,
-                    passages=passages,
-                    strategy=name,
-                    ratio=options.ratio,
-                    max_tokens=options.new_tokens,
-                    stop=_NEVER,
-                )
-                first = answer.report.ttft_s
-                # The end token takes a step, too, and is no part of the answer.
-                steps = len(answer.token_ids) - (answer.finish_reason == "length")
-                token = answer.report.spans.decode / max(1, steps)
-                if name == "cacheblend":
-                    ratios.append(answer.report.effective_ratio)
-                    stall.append(answer.report.spans.stall)
-                    tiers |= {source.tier for source in answer.sources}
-                    context.append(sum(draw.tokens(passages)))
-            ttft[name].append(first)
-            decode[name].append(1000 * token)
-    best = min(median(ttft[name]) for name in names if name in ("transformers", "full"))
+    if options.plot is not None:
+        check_plotting()  # before the minutes of measuring, not behind them
+    print_environment()
+    contexts = sorted(set(options.contexts))
+    lengths = {}
+    with ExitStack() as stack:
+        race = _Race(engine, options, contexts, stack)
+        for context in contexts:
+            lengths[context] = race.measure(context)
+            title = f"TTFT, {context} context tokens, {engine.settings.dtype}"
+            print_table(title, COLUMNS, rows(lengths[context]))
+    # The figures of the longest context keep the names that they have where it is the only one.
     result = {
-        "benchmark": "ttft",
-        "ttft_s": {name: median(times) for name, times in ttft.items()},
-        "decode_ms": {name: median(times) for name, times in decode.items()},
-        "speedup_over_full": {name: round(best / median(ttft[name]), 2) for name in names},
-        "context_tokens": int(median(context)),
-        "threads": torch.get_num_threads(),
-        "dtype": engine.settings.dtype,
-        "compute_dtype": str(engine.model.decoder.compute_dtype).removeprefix("torch."),
-        "baseline_dtype": baseline.dtype_name if baseline else None,
-        "decode_weights": engine.settings.decode_weights,
-        "codec": engine.settings.codec,
-        "cache_state": "+".join(sorted(tiers)),
-        "requested_ratio": options.ratio,
-        "effective_ratio": median(ratios),
-        "stall_s": median(stall),
-        "repetitions": options.repetitions,
-        "model": engine.settings.model,
+        **lengths[contexts[-1]],
+        "lengths": {str(context): of for context, of in lengths.items()},
+        "exponents": exponents(lengths),
     }
-    rows = [
-        (
-            name,
-            f"{median(ttft[name]):.3f}",
-            f"{min(ttft[name]):.3f} - {max(ttft[name]):.3f}",
-            f"{best / median(ttft[name]):.2f}",
-            f"{median(decode[name]):.1f}",
-        )
-        for name in names
-    ]
-    columns = ("strategy", "TTFT s (median)", "range", "x faster than full", "decode ms/token")
-    show(f"TTFT, {result['context_tokens']} context tokens, {engine.settings.dtype}", columns, rows,
-         result)  # fmt: skip
+    if options.plot is not None:
+        plot_lengths(options.plot, lengths)
+        plot_spans(options.plot, lengths[contexts[-1]])
+    print_json(result)
     return result
 
 
-class _Prompts:
-    """Passages of an exact number of tokens, made of the tokenizer's own whole words."""
+class _Race:
+    """The contestants, the prompts they answer, and who had to give up. Peers end with `stack`."""
 
-    def __init__(self, tokenizer: Tokenizer, options: TtftOptions) -> None:
-        self._tokenizer, self._options = tokenizer, options
+    def __init__(
+        self, engine: Engine, options: TtftOptions, contexts: list[int], stack: ExitStack
+    ) -> None:
+        self._engine, self._options, self._stack = engine, options, stack
+        self._chunks = {context: context // options.chunk_tokens for context in contexts}
+        compute_dtype = str(engine.model.decoder.compute_dtype).removeprefix("torch.")
+        # Where the CPU has no bfloat16 arithmetic, others are faster in float32, too.
+        self._baseline_dtype = options.baseline_dtype or compute_dtype
+        # One warms up; each of the others begins with a passage of its own.
+        prompts = 1 + options.repetitions * len(contexts)
+        self._draw = Prompts(
+            engine.model.tokenizer,
+            pool=max(prompts, 2 * max(self._chunks.values())),
+            chunk_tokens=options.chunk_tokens,
+            seed=options.seed,
+        )
         self._rng = random.Random(options.seed)
-        self._words = list(self._whole_words())
-        self.pool = [self._passage() for _ in range(2 * options.chunks)]
+        self._contestants: list[Contestant] = []
+        self._skipped: dict[str, str] = {}
+        self._gather()
 
-    def next(self) -> tuple[list[str], str]:
-        passages = self._rng.sample(self.pool, self._options.chunks)
-        return passages, f"What is said about{''.join(self._rng.choices(self._words, k=8))}?"
+    def measure(self, context: int) -> dict[str, Any]:
+        """All repetitions at one context length."""
+        measured: dict[str, list[Measured]] = {
+            name: [] for contestant in self._contestants for name in contestant.names
+        }
+        for _ in range(self._options.repetitions):
+            prompt = self._draw.next(self._chunks[context])
+            # The order within a repetition changes too: nobody always runs on warm caches.
+            for contestant in self._rng.sample(self._contestants, len(self._contestants)):
+                answers = self._answers(contestant, prompt)
+                for name in contestant.names:
+                    if answers is None:  # half a row of figures is none
+                        del measured[name]
+                    else:
+                        measured[name].append(answers[name])
+        engine, options = self._engine, self._options
+        default = engine.settings.strategy
+        return {
+            "benchmark": "ttft",
+            **figures(
+                measured,
+                computing_all=[c.names[0] for c in self._contestants if c.computes_all],
+                default=default,
+            ),
+            "skipped": dict(self._skipped),
+            "context_tokens": context,
+            "threads": torch.get_num_threads(),
+            "dtype": engine.settings.dtype,
+            "compute_dtype": str(engine.model.decoder.compute_dtype).removeprefix("torch."),
+            "baseline_dtype": self._baseline_dtype if options.baseline else None,
+            "decode_weights": engine.settings.decode_weights,
+            "codec": engine.settings.codec,
+            "requested_ratio": _ratio(engine, default, options.ratio),
+            "repetitions": options.repetitions,
+            "model": engine.settings.model,
+        }
 
-    def tokens(self, passages: Sequence[str]) -> list[int]:
-        return [len(chunk.token_ids) for chunk in passage_chunks(passages, self._tokenizer)]
+    def _gather(self) -> None:
+        """Compute the blocks, which stay in memory, and start everybody, one at a time."""
+        engine, options = self._engine, self._options
+        warm_up = self._draw.next(min(self._chunks.values()))
+        max_tokens = self._max_tokens(warm_up)
+        for strategy in dict.fromkeys((*options.strategies, engine.settings.strategy)):
+            ours = Ours(engine, strategy, ratio=options.ratio, new_tokens=options.new_tokens)
+            self._contestants.append(ours)
+        for passage in self._draw.pool:
+            engine.answer("Warm up?", passages=[passage], strategy="reuse", max_tokens=1)
+        if options.baseline:
+            self._contestants.append(
+                Transformers(engine, dtype=self._baseline_dtype, new_tokens=options.new_tokens)
+            )
+        scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="kvrag-peer-")))
+        for option in options.peers:
+            try:
+                self._contestants.append(self._peer(option, scratch, max_tokens))
+            except (PeerError, ModelError) as exc:
+                self._skipped[option.label] = str(exc)
+        for contestant in tuple(self._contestants):
+            self._answers(contestant, warm_up)
 
-    def _whole_words(self) -> Iterator[str]:
-        """Words that, with a space in front, are one token."""
-        for token_id in range(self._tokenizer.vocab_size):
-            word = self._tokenizer.decode([token_id])
-            if word[:1] == " " and len(word) > 3 and word[1:].isascii() and word[1:].isalpha():
-                yield word
+    def _max_tokens(self, shortest: DrawnPrompt) -> int:
+        """Tokens of the longest prompt and its answer.
 
-    def _passage(self) -> str:
-        words = self._rng.choices(self._words, k=self._options.chunk_tokens)
-        while sum(self.tokens(["".join(words)])) > self._options.chunk_tokens:
-            words.pop()
-        return "".join(words)
+        Raises:
+            InputError: the model's context does not hold them.
+        """
+        engine, options = self._engine, self._options
+        prompt = len(engine.prompt_ids(shortest.question, shortest.passages))
+        prompt += options.chunk_tokens * (max(self._chunks.values()) - min(self._chunks.values()))
+        most = engine.model.decoder.config.max_positions
+        if prompt + options.new_tokens > most:
+            raise InputError(
+                f"context {max(self._chunks)} takes {prompt} tokens as a prompt and "
+                f"{options.new_tokens} for the answer; the model's context holds {most}"
+            )
+        return prompt + options.new_tokens
 
+    def _peer(self, option: PeerOption, scratch: Path, max_tokens: int) -> PeerContestant:
+        engine, options = self._engine, self._options
+        load = Load(
+            model=str(engine.model.folder),
+            dtype=option.dtype or self._baseline_dtype,
+            threads=torch.get_num_threads(),
+            max_tokens=max_tokens,
+        )
+        peer = Peer.start(option, load, scratch=scratch, timeout_s=options.peer_timeout_s)
+        self._stack.enter_context(peer)
+        return PeerContestant(engine, option.label, peer, new_tokens=options.new_tokens)
 
-class _Baseline:
-    """transformers' full prefill (sdpa) and greedy decoding over the same ids and weights."""
-
-    def __init__(self, engine: Engine, options: TtftOptions) -> None:
+    def _answers(
+        self, contestant: Contestant, prompt: DrawnPrompt
+    ) -> Mapping[str, Measured] | None:
+        """What a contestant answers; None, and it is out of the race, if it fails."""
         try:
-            from transformers import AutoModelForCausalLM
-            from transformers.utils import logging
-        except ImportError as exc:
-            raise MissingExtraError(
-                "the baseline needs transformers: pip install 'kvrag[bench]', or --no-baseline"
-            ) from exc
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        # Where the CPU has no bfloat16 arithmetic, transformers is faster in float32, too.
-        default = str(engine.model.decoder.compute_dtype).removeprefix("torch.")
-        self.dtype_name = options.baseline_dtype or default
-        self._engine, self._new_tokens = engine, options.new_tokens
-        self._model = AutoModelForCausalLM.from_pretrained(
-            engine.model.folder, dtype=self.dtype_name, attn_implementation="sdpa"
-        ).eval()
+            return contestant.measure(prompt)
+        except PeerError as exc:
+            self._contestants.remove(contestant)
+            self._skipped[contestant.names[0]] = str(exc)
+            return None
 
-    @torch.inference_mode()
-    def time(self, passages: Sequence[str], question: str) -> tuple[float, float]:
-        """TTFT and seconds a decoded token."""
-        ids = torch.tensor([self._engine.prompt_ids(question, passages)])
-        begun = time.perf_counter()
-        out = self._model(ids, use_cache=True, logits_to_keep=1)
-        token = out.logits[:, -1].argmax(dim=-1, keepdim=True)
-        first = time.perf_counter()
-        for _ in range(self._new_tokens - 1):
-            out = self._model(token, past_key_values=out.past_key_values, use_cache=True)
-            token = out.logits[:, -1].argmax(dim=-1, keepdim=True)
-        end = time.perf_counter()
-        return first - begun, (end - first) / max(1, self._new_tokens - 1)
+
+def _ratio(engine: Engine, strategy: str, ratio: float | None) -> float:
+    """The recompute ratio that `strategy` was asked for."""
+    asked = ratio if ratio is not None else engine.settings.ratio
+    return create(strategy, asked).ratio

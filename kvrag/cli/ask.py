@@ -53,6 +53,9 @@ def ask(
         bool, typer.Option("--show-sources", help="Show the chunks behind the answer.")
     ] = False,
     trace: Annotated[bool, typer.Option("--trace", help="Show where the time went.")] = False,
+    per_token: Annotated[
+        bool, typer.Option("--per-token", help="With --json: tell of each context token.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Answer a question.
@@ -77,7 +80,13 @@ def ask(
 
     with Engine.open(settings) as engine:
         stream = engine.stream(
-            asked, passages=given, k=k, strategy=strategy, ratio=ratio, **generation
+            asked,
+            passages=given,
+            k=k,
+            strategy=strategy,
+            ratio=ratio,
+            per_token=per_token,
+            **generation,
         )
         for piece in stream:
             if not as_json:
@@ -185,6 +194,25 @@ def _trace_rows(report: Report, new_tokens: int, finish_reason: str) -> list[tup
         ("  computed", str(tokens.computed)),
         ("new tokens", f"{new_tokens} ({finish_reason})"),
         ("effective ratio", f"{report.effective_ratio:.3f}"),
+        ("ratio", _ratio(report)),
+        ("foreseen", _foreseen(report)),
         ("prefix_match", "yes" if report.prefix_match else "no"),
         ("dropped chunks", ", ".join(report.dropped) or "none"),
     ]
+
+
+def _ratio(report: Report) -> str:
+    control = report.control
+    return "" if control is None else f"{control.ratio:g} ({control.reason})"
+
+
+def _foreseen(report: Report) -> str:
+    """What the controller predicted, and how wrong it was."""
+    control = report.control
+    if control is None or control.predicted_ttft_s is None or control.predicted_stall_s is None:
+        return "nothing: not measured before"
+    return (
+        f"{format_seconds(control.predicted_ttft_s)}, "
+        f"{format_seconds(control.predicted_stall_s)} of it stall"
+        + ("" if control.error is None else f" (off by {control.error:.0%})")
+    )

@@ -1,8 +1,8 @@
 """The `kvrag` command: options before the command, the commands, and what becomes of errors.
 
 Exit codes: 0 done, 1 a failure, 2 bad input or settings, 3 done but something was skipped,
-130 interrupted, 141 the reader of stdout went away. An error is one line on stderr; `--verbose`
-adds the traceback.
+4 verified and found wrong, 130 interrupted, 141 the reader of stdout went away. An error is one
+line on stderr; `--verbose` adds the traceback.
 
 Heavy imports stand inside the commands, so that help and completion are quick.
 """
@@ -22,6 +22,7 @@ from kvrag.cli import config, model, store
 from kvrag.cli.ask import ask
 from kvrag.cli.common import Globals, globals_of, one_line, parse_setting, settings_of
 from kvrag.cli.precompute import precompute
+from kvrag.cli.verify import verify
 
 __all__ = ["app", "main", "run"]
 
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 app.command("precompute")(precompute)
 app.command("ask")(ask)
+app.command("verify")(verify)
 
 
 @app.command("serve", context_settings=_FORWARDED)

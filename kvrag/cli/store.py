@@ -1,4 +1,4 @@
-"""`kvrag store`: what lies in the store and the catalog. No model is opened."""
+"""`kvrag store`: what lies in the store and the catalog. `advise` alone opens a model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from kvrag.cli.advise import advise
 from kvrag.cli.common import JsonOption, format_bytes, plain_table, print_json, settings_of, show
 
 if TYPE_CHECKING:
@@ -15,11 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(help="Look into the store.", no_args_is_help=True, rich_markup_mode=None)
-
-
-@app.callback()
-def _group() -> None:
-    """A Typer app of one command is that command; this keeps it a group."""
+app.command("advise")(advise)
 
 
 @app.command()

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from kvrag.fusion import cacheblend, full, reuse
+from kvrag.fusion import (
+    cacheblend,
+    controls,
+    dhd,
+    epic,
+    full,
+    query_attention,
+    question_blend,
+    reuse,
+)
 from kvrag.fusion.base import (
     Fused,
     FusionReport,
@@ -25,9 +34,14 @@ __all__ = [
     "LayerStream",
     "Prompt",
     "cacheblend",
+    "controls",
     "create",
+    "dhd",
+    "epic",
     "full",
     "fuse",
+    "query_attention",
+    "question_blend",
     "register",
     "reuse",
     "strategy_names",

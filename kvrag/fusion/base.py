@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,10 +26,13 @@ __all__ = [
     "FusionRun",
     "FusionStrategy",
     "LayerStream",
+    "LayerVisit",
     "create",
     "fuse",
+    "one_of",
     "register",
     "strategy_names",
+    "whole",
 ]
 
 
@@ -54,11 +57,13 @@ class FusionReport:
     """What a run computed.
 
     selected: positions int64, ascending, of the context tokens in the first filtered layer.
-    context_rows: rows computed for context tokens, summed over the layers.
+    computed_rows: rows computed for context tokens and in extra passes, summed over the layers.
+    scores: float32 (context tokens,), what each was given last; NaN where none was.
     """
 
     selected: Tensor
-    context_rows: int
+    computed_rows: int
+    scores: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,13 @@ class Fused:
 
     logits: Tensor
     report: FusionReport
+
+
+class LayerVisit(NamedTuple):
+    """A layer that a run will go through with the question's rows and so many context rows."""
+
+    layer: int
+    context_rows: float
 
 
 class FusionRun(ABC):
@@ -98,6 +110,9 @@ class FusionStrategy(ABC):
     name: ClassVar[str]
     #: Whether the strategy reads stored blocks at all.
     uses_blocks: ClassVar[bool] = True
+    #: Whether more rows, and better answers, come of a higher ratio, which may then be chosen anew
+    #: for each request.
+    tunable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         number = isinstance(self.ratio, int | float) and not isinstance(self.ratio, bool)
@@ -111,6 +126,13 @@ class FusionStrategy(ABC):
         row that may be computed, are not loaded there.
         """
         return [0] * len(decoder.layers)
+
+    def expected_visits(self, decoder: Decoder, prompt: Prompt) -> list[LayerVisit] | None:
+        """What a run will compute, in order, for forecasts of its time; None if nobody can tell.
+
+        The first visit of a layer is the one that asks for its stored KV.
+        """
+        return None
 
     @abstractmethod
     def start(
@@ -141,15 +163,54 @@ def strategy_names() -> list[str]:
 def create(name: str, ratio: float | None = None) -> FusionStrategy:
     """A strategy by name, with its default ratio if none is given.
 
+    Options of a strategy follow its name: `epic:tokens=4`, `cacheblend:deviation=kv`; several are
+    separated by commas.
+
     Raises:
         UnknownStrategyError: names the known ones.
-        InputError: see `FusionStrategy`.
+        InputError: see `FusionStrategy`; or an option is unknown or of another form.
     """
-    if not isinstance(name, str) or name not in _STRATEGIES:
+    kind, _, given = name.partition(":") if isinstance(name, str) else (name, "", "")
+    if not isinstance(kind, str) or kind not in _STRATEGIES:
         raise UnknownStrategyError(
             f"unknown fusion strategy {name!r}; known are {', '.join(strategy_names())}"
         )
-    return _STRATEGIES[name]() if ratio is None else _STRATEGIES[name](ratio=ratio)
+    options = _options(_STRATEGIES[kind], given)
+    return _STRATEGIES[kind](**options if ratio is None else {**options, "ratio": ratio})
+
+
+def _options(strategy: type[FusionStrategy], given: str) -> dict[str, Any]:
+    """`window=8,ratio=0.1` by the types of the strategy's defaults."""
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(strategy)}
+    options: dict[str, Any] = {}
+    for part in filter(None, given.split(",")):
+        option, _, value = part.partition("=")
+        if option not in defaults:
+            raise InputError(
+                f"strategy {strategy.name!r} has no option {option!r}; it has "
+                f"{', '.join(f'{name} ({default})' for name, default in defaults.items())}"
+            )
+        kind = type(defaults[option])
+        try:
+            options[option] = kind(value)
+        except ValueError as exc:
+            raise InputError(
+                f"option {option!r} of strategy {strategy.name!r} is {value!r}; it must be like "
+                f"{defaults[option]!r}"
+            ) from exc
+    return options
+
+
+def whole(name: str, value: object, low: int) -> None:
+    """Check an option that must be a whole number. Raises InputError."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise InputError(f"{name} is {value!r}; it must be a whole number of {low} or more")
+
+
+def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Check an option that must be one of a few words. Raises InputError."""
+    if value not in allowed:
+        raise InputError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
 
 
 @torch.inference_mode()

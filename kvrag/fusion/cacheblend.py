@@ -9,14 +9,14 @@ again and keeps a few less: a chain of subsets.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from kvrag.fusion.base import register
+from kvrag.fusion.base import one_of, register
 from kvrag.fusion.layerwise import LayerState, LayerwiseStrategy
 from kvrag.fusion.prompt import Prompt
+from kvrag.fusion.selection import Choice, best
 
 __all__ = ["CacheBlend", "rows_at"]
 
@@ -41,23 +41,42 @@ def rows_at(layer: int, num_layers: int, ratio: float, selectable: int) -> int:
 @register
 @dataclass(frozen=True, slots=True)
 class CacheBlend(LayerwiseStrategy):
-    """HKVD selection on V with gradual filtering; `ratio` 0 is plain reuse, 1 is full prefill."""
+    """HKVD selection with gradual filtering; `ratio` 0 is plain reuse, 1 is full prefill.
+
+    Args:
+        deviation: of V, of K, or of both.
+
+    Raises:
+        InputError: see `FusionStrategy`; or the deviation is none of these.
+    """
+
+    deviation: Literal["v", "k", "kv"] = "v"
 
     name: ClassVar[str] = "cacheblend"
+    tunable: ClassVar[bool] = True
 
-    def first_row(self, prompt: Prompt) -> int:
-        return prompt.repairable_start if self.ratio > 0 else prompt.question_start
+    def __post_init__(self) -> None:
+        LayerwiseStrategy.__post_init__(self)
+        one_of("deviation", self.deviation, ("v", "k", "kv"))
 
-    def narrow(self, selectable: int, state: LayerState) -> Tensor | None:
-        if state.index < CHECK_LAYER:
-            return None
-        rows = rows_at(state.index, state.num_layers, self.ratio, selectable)
-        if rows >= len(state.positions):
-            return torch.arange(len(state.positions), device=state.positions.device)
-        return torch.topk(self.scores(state), rows).indices.sort().values
+    def candidates(self, prompt: Prompt) -> range:
+        return prompt.repairable if self.ratio > 0 else range(0)
+
+    def expected_rows(self, prompt: Prompt, layer: int, num_layers: int) -> float:
+        candidates = len(self.candidates(prompt))
+        if layer < CHECK_LAYER:
+            return candidates
+        return rows_at(layer, num_layers, self.ratio, candidates)
+
+    def judges(self, layer: int, num_layers: int) -> bool:
+        return layer >= CHECK_LAYER
+
+    def narrow(self, state: LayerState) -> Choice:
+        rows = rows_at(state.index, state.num_layers, self.ratio, state.candidates)
+        return best(self.scores(state), rows)
 
     def scores(self, state: LayerState) -> Tensor:
-        """KV deviation (m,): squared distance of fresh from stored V, summed over the heads."""
-        difference = state.v - state.stored_v
-        wide = torch.float64 if difference.dtype is torch.float64 else torch.float32
-        return difference.square().sum(dim=(0, 2), dtype=wide)
+        """KV deviation (m,): squared distance of fresh from stored, summed over the heads."""
+        if self.deviation == "kv":
+            return state.v_deviation() + state.k_deviation()
+        return state.k_deviation() if self.deviation == "k" else state.v_deviation()

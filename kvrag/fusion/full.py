@@ -20,5 +20,8 @@ class Full(LayerwiseStrategy):
     name: ClassVar[str] = "full"
     uses_blocks: ClassVar[bool] = False
 
-    def first_row(self, prompt: Prompt) -> int:
-        return len(prompt.prefix_ids)
+    def candidates(self, prompt: Prompt) -> range:
+        return range(len(prompt.prefix_ids), prompt.question_start)
+
+    def expected_rows(self, prompt: Prompt, layer: int, num_layers: int) -> float:
+        return len(self.candidates(prompt))

@@ -69,11 +69,10 @@ class Prompt:
         return self.question_start - len(self.prefix_ids)
 
     @property
-    def repairable_start(self) -> int:
-        """Position of the first context token whose stored KV may differ from full prefill's."""
-        if self.prefix_match and self.chunks:
-            return self.chunks[0].end
-        return len(self.prefix_ids)
+    def repairable(self) -> range:
+        """Positions of the context tokens whose stored KV may differ from full prefill's."""
+        exact = self.prefix_match and self.chunks
+        return range(self.chunks[0].end if exact else len(self.prefix_ids), self.question_start)
 
     @property
     def token_ids(self) -> tuple[int, ...]:

@@ -23,5 +23,5 @@ class Reuse(LayerwiseStrategy):
 
     name: ClassVar[str] = "reuse"
 
-    def first_row(self, prompt: Prompt) -> int:
-        return prompt.question_start
+    def candidates(self, prompt: Prompt) -> range:
+        return range(0)

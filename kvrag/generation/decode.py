@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
+from kvrag.generation.graph import GraphedDecoding, Step, eager_steps
 from kvrag.generation.kv_cache import KVCache
 from kvrag.generation.params import GenerationParams
 from kvrag.generation.sampling import Sampler
 from kvrag.generation.stopping import StopTexts
-from kvrag.models.forward import extend
 from kvrag.models.source import Model
 
 __all__ = ["FinishReason", "Token", "decode"]
@@ -39,27 +40,40 @@ def decode(
     logits: Tensor,
     params: GenerationParams,
     cancelled: Callable[[], bool] = lambda: False,
+    graphed: GraphedDecoding | None = None,
 ) -> Iterator[Token]:
     """Continue the prompt in `cache`, whose last token has `logits` (1, vocab).
 
     The end-of-sequence token ends the answer and is not part of it.
+
+    Args:
+        graphed: how steps run; `cache` may then stay as it is. None appends to `cache`.
     """
     sampler = Sampler(params, logits.device)
     text, stops = model.tokenizer.stream(), StopTexts(params.stop)
-    for count in range(1, params.max_tokens + 1):
-        token_id = sampler.sample(logits[-1])
-        if token_id in model.eos_token_ids:
-            yield Token(None, stops.flush(), "stop")
-            return
-        piece = stops.push(text.push(token_id))
-        if stops.found:
-            yield Token(token_id, piece, "stop")
-            return
-        if count == params.max_tokens or cache.length >= model.decoder.config.max_positions:
-            yield Token(token_id, piece + stops.flush(), "length")
-            return
-        yield Token(token_id, piece)
-        if cancelled():
-            yield Token(None, stops.flush(), "cancelled")
-            return
-        logits = extend(model.decoder.stepping, [token_id], cache)
+    # Positions that are left for new tokens.
+    room = model.decoder.config.max_positions - cache.length
+    step: Step | None = None
+    with ExitStack() as using:
+        for count in range(1, params.max_tokens + 1):
+            token_id = sampler.sample(logits[-1])
+            if token_id in model.eos_token_ids:
+                yield Token(None, stops.flush(), "stop")
+                return
+            piece = stops.push(text.push(token_id))
+            if stops.found:
+                yield Token(token_id, piece, "stop")
+                return
+            if count == params.max_tokens or count > room:
+                yield Token(token_id, piece + stops.flush(), "length")
+                return
+            yield Token(token_id, piece)
+            if cancelled():
+                yield Token(None, stops.flush(), "cancelled")
+                return
+            if step is None:
+                # Behind the first token: whoever waits for it need not wait for a capture.
+                step = eager_steps(model.decoder.stepping, cache)
+                if graphed is not None:
+                    step = using.enter_context(graphed.steps(cache, params.max_tokens))
+            logits = step(token_id)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -24,7 +25,7 @@ from kvrag.serving.errors import problem_of
 from kvrag.serving.guard import Guard
 from kvrag.serving.query import query_router
 from kvrag.serving.queue import ModelQueue
-from kvrag.serving.schemas import Health, error_responses
+from kvrag.serving.schemas import BlendingBody, ControllerBody, Health, error_responses
 from kvrag.store.errors import StoreError
 
 __all__ = ["MAX_BODY_BYTES", "create_app"]
@@ -88,6 +89,8 @@ def create_app(engine: Engine, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastA
             version=__version__,
             queue_depth=queue.waiting,
             running=queue.running,
+            blending=BlendingBody.model_validate(asdict(engine.blending)),
+            controller=ControllerBody.model_validate(asdict(engine.controller.estimates)),
         )
 
     return app

@@ -12,8 +12,7 @@ from fastapi.responses import JSONResponse, Response
 
 from kvrag.answer import Answer, Source
 from kvrag.engine import Engine
-from kvrag.errors import UnknownStrategyError
-from kvrag.fusion import strategy_names
+from kvrag.fusion import create
 from kvrag.serving.disconnect import cancel_on_disconnect
 from kvrag.serving.queue import Job, ModelQueue
 from kvrag.serving.schemas import AnswerBody, QueryBody, error_responses
@@ -60,12 +59,9 @@ def query_router(engine: Engine, queue: ModelQueue) -> APIRouter:
         fails before is an ordinary error response; what fails later is an `error` event with the
         error object, and the stream ends without `[DONE]`.
         """
-        if body.strategy is not None and body.strategy not in strategy_names():
+        if body.strategy is not None:
             # The engine would say so too, but only when it is this request's turn.
-            raise UnknownStrategyError(
-                f"unknown fusion strategy {body.strategy[:100]!r}; "
-                f"known are {', '.join(strategy_names())}"
-            )
+            create(body.strategy, body.ratio)
         job: Job[Event, Answer] = queue.submit(lambda job: _answer(engine, body, job))
         async with cancel_on_disconnect(request.receive, job):
             if body.stream:

@@ -20,6 +20,7 @@ from kvrag.engine import Engine
 from kvrag.errors import KvragError, SettingsError
 from kvrag.serving.app import create_app
 from kvrag.serving.queue import ModelQueue
+from kvrag.serving.startup import checked_blending
 
 __all__ = ["PortError", "Server", "bind", "run"]
 
@@ -92,6 +93,7 @@ def run(settings: Settings, announce: Callable[[str], None] = lambda url: None) 
         signals = stack.enter_context(_Signals())
         try:
             engine = stack.enter_context(Engine.open(settings))
+            engine.blending = checked_blending(engine)
             _listen(listener)
             server = Server(engine, ready=lambda: announce(_url(listener)))
             signals.to(server)

@@ -23,11 +23,14 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from kvrag.fusion.controller import Reason
+
 __all__ = [
     "AddBody",
     "AddReport",
     "Added",
     "AnswerBody",
+    "BlendingBody",
     "Deleted",
     "DocumentBody",
     "DocumentList",
@@ -150,7 +153,9 @@ class QueryBody(_Request):
     k: int | None = Field(
         None, ge=1, le=_MAX_K, description="Chunks to retrieve; not together with passages."
     )
-    strategy: Line | None = Field(None, description="Fusion strategy.")
+    strategy: Line | None = Field(
+        None, description="Fusion strategy, perhaps with options: `epic:tokens=4`."
+    )
     ratio: float | None = Field(
         None, ge=0, le=1, allow_inf_nan=False, description="Recompute ratio."
     )
@@ -164,6 +169,7 @@ class QueryBody(_Request):
     stop: StopTexts | None = Field(
         None, description="A text or a list of texts that end the answer; not part of it."
     )
+    per_token: bool = Field(False, description="Whether the report tells of each context token.")
     stream: bool = Field(False, description="Answer with server-sent events.")
 
     @field_validator("k")
@@ -195,6 +201,27 @@ class SpansBody(_Reply):
     decode: float
 
 
+class TokenReportBody(_Reply):
+    """A context token. `score` is what the strategy gave it last, null where it gave none."""
+
+    position: int
+    recomputed: bool
+    score: float | None
+
+
+class ControlBody(_Reply):
+    """What the controller decided, and what it foresaw in seconds.
+
+    Predictions are null while something that they need was never measured.
+    """
+
+    ratio: float = Field(description="Of the strategy that ran.")
+    reason: Reason
+    predicted_ttft_s: float | None
+    predicted_stall_s: float | None
+    error: float | None = Field(description="|predicted - actual| / actual of `ttft_s`.")
+
+
 class ReportBody(_Reply):
     strategy: str
     ttft_s: float
@@ -204,6 +231,8 @@ class ReportBody(_Reply):
     spans: SpansBody
     dropped: list[str]
     warnings: list[str]
+    per_token: list[TokenReportBody] | None = Field(description="If asked for with `per_token`.")
+    control: ControlBody | None = Field(description="Null if it was cancelled before it began.")
 
 
 class SourceBody(_Reply):
@@ -329,12 +358,53 @@ class Deleted(_Reply):
 # ---- the server ----------------------------------------------------------------------------------
 
 
+class CheckBody(_Reply):
+    """One check of `kvrag verify`."""
+
+    name: str
+    subject: str = Field(description="The strategy, or the kind of layer, that was checked.")
+    value: float | None = Field(description="What was measured; null if it was no number.")
+    bound: float | None = Field(description="The most that passes; null if nothing is measured.")
+    passed: bool
+    sentence: str
+
+
+class BlendingBody(_Reply):
+    """Whether stored KV is blended into prompts; if not, every answer is full prefill's."""
+
+    allowed: bool
+    reason: str | None = Field(description="Why it is refused, or was not checked.")
+    checks: list[CheckBody]
+
+
+class TierEstimateBody(_Reply):
+    bytes_per_s: float
+    latency_s: float = Field(description="Seconds until the first byte.")
+    nbytes: int = Field(description="Bytes measured so far.")
+
+
+class ControllerBody(_Reply):
+    """What was measured, recent requests most; null where nothing was."""
+
+    full_flops_per_s: float | None = Field(description="Of full prefill and chunks alone.")
+    blend_flops_per_s: float | None = Field(description="Of blends, all else of them included.")
+    placed_s_per_token: float | None = Field(description="Rotating and writing a stored token.")
+    tiers: dict[str, TierEstimateBody]
+    forecasts: int
+    ttft_error: float | None = Field(description="Mean of |predicted - actual| / actual.")
+    stall_error: float | None = Field(description="The same of stalls of 0.05 s and more.")
+    raised: int = Field(description="Decisions for a higher ratio.")
+    full: int = Field(description="Decisions for full prefill, since loading is slower.")
+
+
 class Health(_Reply):
     status: Literal["ok"]
     model: str
     version: str
     queue_depth: int = Field(description="Requests that wait for the model.")
     running: int = Field(description="1 while the model works on a request.")
+    blending: BlendingBody
+    controller: ControllerBody
 
 
 class ErrorDetail(_Reply):

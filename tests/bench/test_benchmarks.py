@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from kvrag import Engine, Settings
-from kvrag.bench import fidelity, layers, ttft
-from kvrag.bench.controls import NearestBlend, RandomBlend
+from kvrag.bench import fidelity, layers
+from kvrag.bench.overlap import f1
 from kvrag.errors import InputError
-from kvrag.fusion import create
 from tests.tiny import make_tiny_model
 
 PLACES = ("Karsk", "Orrel", "Vessin", "Kelvane")
@@ -42,37 +43,53 @@ def data(tmp_path):
     return path
 
 
-def test_ttft_reports_every_contestant_and_ends_with_json(engine, capsys):
-    options = ttft.TtftOptions(chunks=3, chunk_tokens=24, repetitions=2, new_tokens=3)
-    result = ttft.run(engine, options)
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {name: last[name] for name in result} == result
-    names = {"transformers", "full", "reuse", "cacheblend"}
-    assert set(last["ttft_s"]) == set(last["decode_ms"]) == names
-    assert last["context_tokens"] == 72
-    assert last["cache_state"] == "ram"
-    assert 0 < last["effective_ratio"] < 1
-
-
-def test_prompts_repeat_no_prefix(engine):
-    draw = ttft._Prompts(engine.model.tokenizer, ttft.TtftOptions(chunks=4, chunk_tokens=16))
-    firsts = [draw.next() for _ in range(3)]
-    assert all(set(draw.tokens(passages)) == {16} for passages, _ in firsts)
-    assert len({question for _, question in firsts}) == 3
-    assert len({tuple(passages) for passages, _ in firsts}) == 3
-
-
-def test_full_prefill_measured_against_itself_is_no_distance(engine, data, capsys, monkeypatch):
-    monkeypatch.setattr(
-        fidelity,
-        "_strategies",
-        lambda options: {"full": create("full"), "blend 1": create("cacheblend", 1.0)},
+def test_full_prefill_measured_against_itself_is_no_distance(engine, data, capsys):
+    options = fidelity.FidelityOptions(
+        items=4, new_tokens=5, strategies=("full", "cacheblend:ratio=1", "true:ratio=1")
     )
-    result = fidelity.run(engine, data, fidelity.FidelityOptions(items=4, new_tokens=5))
-    for name in ("full", "blend 1"):
-        for metric in ("kl", "kl_first", "nll_abs_difference"):
-            assert abs(result["strategies"][name][metric]["mean"]) < 1e-4, (name, metric)
-    json.loads(capsys.readouterr().out.splitlines()[-1])
+    result = fidelity.run(engine, [data], options)
+    for name in options.strategies:
+        for metric in ("kl", "kl_first", "dnll_abs"):
+            assert abs(result["fidelity"]["lamps"][name][metric]) < 1e-4, (name, metric)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["fidelity"].keys() == {"lamps"}
+
+
+def test_every_strategy_of_the_table_has_every_figure(engine, data, tmp_path):
+    options = fidelity.FidelityOptions(items=3, new_tokens=4, answers=True, plot=tmp_path / "plots")
+    result = fidelity.run(engine, [data], options)
+    for name, figures in result["fidelity"]["lamps"].items():
+        assert figures.keys() == {*fidelity.METRICS, "ttft_s", "effective_ratio", "n", "ci95"}, name
+        assert figures["n"] == 3
+        assert all(low <= figures[m] <= high for m, (low, high) in figures["ci95"].items())
+    assert [Path(file).stat().st_size > 1000 for file in result["plots"]] == [True, True]
+
+
+def test_another_corpus_prefix_is_measured_as_one(engine, data):
+    def kl(other_prefix):
+        options = fidelity.FidelityOptions(
+            items=3, new_tokens=4, strategies=("reuse",), other_prefix=other_prefix
+        )
+        result = fidelity.run(engine, [data], options)
+        return result["prefix_match"], result["fidelity"]["lamps"]["reuse"]["kl"]
+
+    match, own = kl(None)
+    other_match, other = kl("Quite another text that stood before the chunks.")
+    assert (match, other_match) == (True, False)
+    assert own != other
+
+
+@pytest.mark.parametrize(
+    ("answer", "golds", "expected"),
+    [
+        ("The lamp of Karsk.", ["lamp of karsk"], 1.0),
+        ("Karsk", ["Orrel"], 0.0),
+        ("in Karsk", ["Orrel", "Karsk"], 2 / 3),
+        ("", ["Karsk"], 0.0),
+        ("Karsk Karsk", ["Karsk"], 2 / 3),
+    ],
+)
+def test_f1_of_words(answer, golds, expected):
+    assert f1(answer, golds) == pytest.approx(expected)
 
 
 def test_halves_never_share_a_group(data):
@@ -124,27 +141,7 @@ def test_layers_mended_from_none_to_all_span_reuse_to_full_prefill(windowed, dat
     assert abs(kl["all layers"]) < 1e-5
     assert kl["global layers"] == kl["layer 0"]
     # The stored KV that it mixes in is the one that the store hands to plain reuse.
-    reuse = fidelity.run(windowed, data, options)["strategies"]["reuse"]["kl"]["mean"]
-    assert kl["no layer (reuse)"] == pytest.approx(reuse, abs=1e-5)
-
-
-def test_random_control_is_no_strategy_for_users(engine):
-    passages = [f"Lamp of {place}. " * 4 for place in PLACES]
-    engine.answer("Where?", passages=passages, strategy="reuse", max_tokens=1)
-    answer = engine.answer(
-        "Where?", passages=passages, strategy=RandomBlend(ratio=0.5), max_tokens=1
+    reuse = fidelity.run(windowed, [data], replace(options, strategies=("reuse",)))
+    assert kl["no layer (reuse)"] == pytest.approx(
+        reuse["fidelity"]["lamps"]["reuse"]["kl"], abs=1e-5
     )
-    assert answer.report.strategy == "random"
-    assert answer.report.tokens.recomputed > 0
-    with pytest.raises(InputError, match="cacheblend, full, reuse"):
-        engine.answer("Where?", passages=passages, strategy="random")
-
-
-def test_nearest_control_keeps_the_rows_before_the_question(engine):
-    passages = [f"Lamp of {place}. " * 4 for place in PLACES]
-    prefilled = engine.prefill(
-        "Where?", passages=passages, strategy=NearestBlend(ratio=0.25), new_tokens=1
-    )
-    prompt = prefilled.prompt
-    assert 0 < prefilled.tokens.recomputed < prompt.context_tokens
-    assert prefilled.tokens.recomputed <= len(prompt.chunks[-1].token_ids)

@@ -27,7 +27,7 @@ def check_blend(room, dense, ratio, *, chunks=CHUNKS, prefix=PREFIX, question=QU
     strategy = Recording(ratio=ratio)
     prefilled = room.run(chunks, strategy, prefix=prefix, question=question)
     prompt = room.prompt(chunks, question, prefix)
-    first = prompt.question_start if ratio == 0 else prompt.repairable_start
+    first = prompt.question_start if ratio == 0 else prompt.repairable.start
 
     def choose(layer, positions, deviations):
         kept = strategy.kept.get(layer, positions)
@@ -38,5 +38,6 @@ def check_blend(room, dense, ratio, *, chunks=CHUNKS, prefix=PREFIX, question=QU
         return kept
 
     corpus_prefix = room.blocks.prefix_ids
-    check(prefilled, *dense.blend(prefix, corpus_prefix, chunks, question, first, choose))
+    begin = range(first, prompt.question_start)
+    check(prefilled, *dense.blend(prefix, corpus_prefix, chunks, question, begin, choose))
     return prefilled, strategy.kept

@@ -89,6 +89,18 @@ class Dense:
             out.append(scores.softmax(-1) @ v[shared])
         return torch.cat(out, dim=-1)
 
+    def paid(
+        self, index: int, q: Tensor, rows: Sequence[int], k: Tensor, keys: Sequence[int]
+    ) -> Tensor:
+        """The attention of all heads and rows that each key receives."""
+        mask, scale = self.visible(index, rows, keys), self.layers[index].self_attn.scaling
+        received = torch.zeros(len(keys), dtype=q.dtype)
+        for head in range(q.shape[0]):
+            scores = q[head] @ k[head // (q.shape[0] // k.shape[0])].T * scale
+            scores[~mask] = -torch.inf
+            received += scores.softmax(-1).sum(dim=0)
+        return received
+
     def finish(self, index: int, x: Tensor, mixed: Tensor) -> Tensor:
         layer = self.layers[index]
         mixed = layer.self_attn.o_proj(mixed)
@@ -127,41 +139,73 @@ class Dense:
         return self._isolated[name]
 
     @torch.no_grad()
+    def question_attention(
+        self,
+        prefix: Sequence[int],
+        corpus_prefix: Sequence[int],
+        chunks: Sequence[Sequence[int]],
+        question: Sequence[int],
+    ) -> Tensor:
+        """(layers, positions): the sum over heads and question rows of the attention that each
+        position receives, where chunks have not seen one another."""
+        nothing: Choose = lambda layer, context, deviation: context  # noqa: E731
+        received: list[Tensor] = []
+        self.blend(prefix, corpus_prefix, chunks, question, [], nothing, received=received)
+        return torch.stack(received)
+
+    @torch.no_grad()
     def blend(
         self,
         prefix: Sequence[int],
         corpus_prefix: Sequence[int],
         chunks: Sequence[Sequence[int]],
         question: Sequence[int],
-        first: int,
+        begin: Sequence[int],
         choose: Choose,
+        *,
+        drift: float = 0.0,
+        drifting: Sequence[int] = (),
+        received: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
         """The last row's logits, and the final rotated K and V of all positions of every layer.
 
         The third is bool (layers, positions): which keys some row saw. The others do not matter.
-        Context rows from position `first` on begin; `choose` says which go on behind each layer.
+        Context rows at the positions `begin` begin; `choose` says which go on behind each layer.
+        Behind layer 0, stored K and V at the positions `drifting` move, before K is rotated, by
+        `drift` times the mean difference between fresh and stored of the rows that are present.
         """
         ids = [*prefix, *(token for chunk in chunks for token in chunk), *question]
         question_start, everywhere = len(ids) - len(question), list(range(len(ids)))
         _, prefix_kv = self.causal(prefix)
         alone = [self.isolated(corpus_prefix, chunk) for chunk in chunks]
-        cache = []
+        cache, unrotated = [], []
         for index in range(len(self.layers)):
             k = torch.cat([prefix_kv[index][0], *(kv[index][0] for kv in alone)], dim=1)
             v = torch.cat([prefix_kv[index][1], *(kv[index][1] for kv in alone)], dim=1)
+            unrotated.append(k)
             k = self.rotate(index, k, everywhere[:question_start])
             room = torch.zeros(k.shape[0], len(question), k.shape[2], dtype=k.dtype)
             cache.append((torch.cat((k, room), dim=1), torch.cat((v, room), dim=1)))
 
-        context = list(range(first, question_start))
-        rows = everywhere[first:]
+        context = list(begin)
+        rows = [*begin, *everywhere[question_start:]]
         x = self.embed([ids[row] for row in rows])
         seen = torch.zeros(len(self.layers), len(ids), dtype=torch.bool)
         for index in range(len(self.layers)):
             q, k, v = self.project(index, x)
+            if drift and index and context and len(context) < len(drifting):
+                m, stored_k, stored_v = len(context), unrotated[index], cache[index][1]
+                moved_k = stored_k[:, drifting] + drift * (
+                    (k[:, :m] - stored_k[:, context]).mean(dim=1, keepdim=True)
+                )
+                change = (v[:, :m] - stored_v[:, context]).mean(dim=1, keepdim=True)
+                moved_v = stored_v[:, drifting] + drift * change
             q, k = self.rotate(index, q, rows), self.rotate(index, k, rows)
             stored = cache[index][1][:, rows]
             deviation = ((v - stored) ** 2).sum(dim=(0, 2))[: len(context)]
+            if drift and index and context and len(context) < len(drifting):
+                cache[index][0][:, drifting] = self.rotate(index, moved_k, drifting)
+                cache[index][1][:, drifting] = moved_v
             cache[index][0][:, rows], cache[index][1][:, rows] = k, v
             kept = choose(index, context, deviation)
             assert set(kept) <= set(context)
@@ -169,6 +213,8 @@ class Dense:
             x, q, rows = x[at], q[:, at], [rows[i] for i in at]
             context = list(kept)
             seen[index] = self.visible(index, rows, everywhere).any(dim=0)
+            if received is not None:
+                received.append(self.paid(index, q, rows, cache[index][0], everywhere))
             mixed = self.attend(index, q, rows, *cache[index], everywhere)
             x = self.finish(index, x, mixed)
         return self.logits(x[-1:]), cache, seen

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from kvrag.blocks import ChunkBlocks
 from kvrag.fusion.cacheblend import CacheBlend
-from kvrag.fusion.layerwise import LayerState
+from kvrag.fusion.controller import Controller
+from kvrag.fusion.layerwise import LayerState, LayerwiseStrategy
 from kvrag.fusion.prompt import Prompt
+from kvrag.fusion.selection import Choice, best
 from kvrag.generation.prefix_cache import PrefixCache
 from kvrag.models.source import open_model
 from kvrag.prefill import Prefill, Prefilled
@@ -39,11 +40,16 @@ class Recording(CacheBlend):
     name: ClassVar[str] = "recording"
     kept: dict[int, list[int]] = field(default_factory=dict)
 
-    def narrow(self, selectable: int, state: LayerState) -> Tensor | None:
-        keep = CacheBlend.narrow(self, selectable, state)
-        positions = state.positions if keep is None else state.positions[keep]
-        self.kept[state.index] = positions.tolist()
-        return keep
+    def judges(self, layer: int, num_layers: int) -> bool:
+        return True
+
+    def narrow(self, state: LayerState) -> Choice:
+        if CacheBlend.judges(self, state.index, state.num_layers):
+            choice = CacheBlend.narrow(self, state)
+        else:
+            choice = best(torch.zeros(len(state.positions)), len(state.positions))
+        self.kept[state.index] = state.positions[choice.rows].tolist()
+        return choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +59,13 @@ class Fixed(CacheBlend):
     name: ClassVar[str] = "fixed"
     kept: dict[int, list[int]] = field(default_factory=dict)
 
-    def narrow(self, selectable: int, state: LayerState) -> Tensor | None:
+    def judges(self, layer: int, num_layers: int) -> bool:
+        return True
+
+    def narrow(self, state: LayerState) -> Choice:
         wanted = torch.tensor(self.kept[state.index], dtype=torch.int64)
-        return torch.isin(state.positions, wanted).nonzero()[:, 0]
+        chosen = torch.isin(state.positions, wanted)
+        return Choice(chosen.nonzero()[:, 0], chosen.double())
 
 
 class CountingTier(RamTier):
@@ -101,7 +111,8 @@ class Room:
             prefix_ids=corpus_prefix,
         )
         layout = PromptLayout.of(self.model.tokenizer, "Answer.")
-        self.prefill = Prefill(self.model, layout, self.blocks, self.prefixes)
+        self.controller = Controller(self.model.decoder)
+        self.prefill = Prefill(self.model, layout, self.blocks, self.prefixes, self.controller)
 
     def add(self, *chunks: Sequence[int]) -> None:
         for chunk in chunks:
@@ -114,3 +125,38 @@ class Room:
     def run(self, chunks, strategy, *, question=QUESTION, prefix=PREFIX, **options) -> Prefilled:
         prompt = self.prompt(chunks, question, prefix)
         return self.prefill.run(prompt, strategy, new_tokens=4, **options)
+
+
+class Recorded(LayerwiseStrategy):
+    """Any strategy, noting the positions that begin and those that go on behind each layer."""
+
+    def __init__(self, inner: LayerwiseStrategy) -> None:
+        # The base is frozen.
+        for name, value in (("ratio", inner.ratio), ("inner", inner), ("begun", []), ("kept", {})):
+            object.__setattr__(self, name, value)
+
+    name: ClassVar[str] = "recorded"
+
+    @property
+    def drift(self) -> float:
+        return self.inner.drift
+
+    def candidates(self, prompt: Prompt) -> range:
+        return self.inner.candidates(prompt)
+
+    def question_layers(self, decoder, prompt):
+        return self.inner.question_layers(decoder, prompt)
+
+    def begin(self, prompt, candidates, attention):
+        choice = self.inner.begin(prompt, candidates, attention)
+        rows = range(len(candidates)) if choice is None else choice.rows.tolist()
+        self.begun[:] = [candidates[row] for row in rows]
+        return choice
+
+    def judges(self, layer: int, num_layers: int) -> bool:
+        return self.inner.judges(layer, num_layers)
+
+    def narrow(self, state: LayerState) -> Choice:
+        choice = self.inner.narrow(state)
+        self.kept[state.index] = state.positions[choice.rows].tolist()
+        return choice

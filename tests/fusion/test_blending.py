@@ -120,7 +120,8 @@ def test_any_chain_of_subsets(tiny, data):
         some = data.draw(st.sets(st.sampled_from(positions))) if positions else set()
         kept[layer] = positions = sorted(some)
     prefilled = room.run(CHUNKS, Fixed(ratio=0.5, kept=kept))
-    expected = dense.blend(PREFIX, PREFIX, CHUNKS, QUESTION, first, lambda i, _, __: kept[i])
+    begin = range(first, context_end())
+    expected = dense.blend(PREFIX, PREFIX, CHUNKS, QUESTION, begin, lambda i, _, __: kept[i])
     check(prefilled, *expected)
 
 

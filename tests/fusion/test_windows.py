@@ -39,7 +39,7 @@ def first_row(prompt, name, ratio):
     """Where computing begins, by what the strategies are."""
     if name == "full":
         return len(prompt.prefix_ids)
-    return prompt.question_start if name == "reuse" or ratio == 0 else prompt.repairable_start
+    return prompt.question_start if name == "reuse" or ratio == 0 else prompt.repairable.start
 
 
 def reach(prompt, row, window):

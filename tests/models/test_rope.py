@@ -243,16 +243,23 @@ def test_a_table_grows_with_what_is_asked_of_it():
     """And gives the same numbers in whatever order it grew."""
     config = RopeConfig("default", 1e4, 8)
 
-    def table():
-        return Rope(config, 100_000, dtype=torch.float32, device=CPU)
+    def table(length):
+        made = Rope(config, 100_000, dtype=torch.float32, device=CPU)
+        made.reserve(length)
+        return made
 
     x = torch.randn(2, 3, 8)
     far = torch.tensor([1, 9_000, 99_999])
     near = torch.tensor([0, 1, 8_191])
-    grown = table()
+    grown = table(1)
     first = grown.rotate(x, near)
-    assert torch.equal(grown.rotate(x, far), table().rotate(x, far))
+    grown.rotate(x, slice(9_000, 9_003))
+    grown.reserve(100_000)
+    assert torch.equal(grown.rotate(x, far), table(100_000).rotate(x, far))
     assert torch.equal(grown.rotate(x, near), first)
     assert grown.rotate(x[:, :0], far[:0]).shape == (2, 0, 8)
+    for beyond in (far + 1, slice(99_998, 100_001)):
+        with pytest.raises(IndexError):
+            grown.rotate(x, beyond)
     with pytest.raises(IndexError):
-        grown.rotate(x, far + 1)
+        grown.reserve(100_001)

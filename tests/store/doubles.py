@@ -19,7 +19,8 @@ class FakeClock:
 class SlowTier(RamTier):
     """Stands for a durable, slower tier. `reads` counts segments read, `calls` all operations.
 
-    `down`: every operation fails. `full`: every put does. `gate`: reads wait for it.
+    `down`: every operation fails. `full`: every put does. `gate`: reads wait for
+    it, and set `waiting`.
     """
 
     def __init__(self, name="slow", *, durable=True):
@@ -30,6 +31,7 @@ class SlowTier(RamTier):
         self.down = False
         self.full = False
         self.gate = None
+        self.waiting = threading.Event()
 
     def _ask(self):
         self.calls += 1
@@ -43,6 +45,7 @@ class SlowTier(RamTier):
     def segments(self, key, first, last):
         self._ask()
         if self.gate is not None:
+            self.waiting.set()
             self.gate.wait(10)
         self.reads.append((first, last))
         return super().segments(key, first, last)

@@ -307,6 +307,60 @@ def test_a_held_segment_does_not_wait_for_a_read_of_others(store, ram, slow):
         thread.join()
 
 
+def test_opening_does_not_wait_for_a_read(store, ram, slow):
+    """A second request stood still until the first one's read from a slow tier was over."""
+    put(store, 1)
+    ram.delete(make_key(1))
+    with open_block(store, 1) as one:
+        slow.gate = threading.Event()
+        thread = threading.Thread(target=lambda: one.read(0, 2))
+        thread.start()
+        assert slow.waiting.wait(10)
+        with open_block(store, 1) as other:
+            assert other.tier == "slow"
+            slow.gate.set()
+            assert other.read(0, 2) == list(make_block(1).segments)
+        thread.join()
+    assert slow.reads == [(0, 2)]
+
+
+def test_closing_does_not_wait_for_a_read_which_keeps_its_pin(store, ram, slow):
+    put(store, 1)
+    ram.delete(make_key(1))
+    reader = open_block(store, 1)
+    slow.gate = threading.Event()
+    results = []
+    thread = threading.Thread(target=lambda: results.extend(reader.read(0, 2)))
+    thread.start()
+    assert slow.waiting.wait(10)
+    reader.close()
+    with pytest.raises(StoreError, match="closed"):
+        reader.read(0, 1)
+    assert store.stats().open_blocks == 1
+    slow.gate.set()
+    thread.join()
+    assert results == list(make_block(1).segments)
+    assert store.stats().open_blocks == 0
+
+
+def test_fetch_leaves_admission_to_the_caller(store, ram, slow):
+    put(store, 1)
+    ram.delete(make_key(1))
+    reader = open_block(store, 1)
+    first = reader.fetch(0, 1)
+    assert (first.tier, first.read_nbytes, first.admit) == ("slow", 4096, None)
+    last = reader.fetch(0, 2)
+    assert (last.tier, last.read_nbytes) == ("slow", 4096)
+    assert last.segments == list(make_block(1).segments)
+    assert reader.fetch(0, 2).read_nbytes == 0
+    reader.close()
+    assert store.stats().open_blocks == 1
+    assert not ram.contains(make_key(1))
+    last.admit()
+    assert ram.contains(make_key(1))
+    assert store.stats().open_blocks == 0
+
+
 def test_each_handle_closes_once_and_the_pin_goes_with_the_last(store, ram, slow):
     put(store, 1)
     one, other = open_block(store, 1), open_block(store, 1)

@@ -1,0 +1,255 @@
+"""Pictures of the benchmarks, PNG and SVG: the same figures give the same SVG.
+
+They show what the result's JSON says, and know nothing of how it was measured. matplotlib is
+imported when the first picture is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvrag.bench.contestants import PREFIX_CACHED
+from kvrag.errors import InputError, MissingExtraError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["check_plotting", "plot_frontier", "plot_lengths", "plot_spans"]
+
+#: Okabe and Ito's colours, which colour-blind people tell apart; yellow is too pale for lines.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+#: Prime to the number of colours, so that no two lines are alike.
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+#: What TTFT is made of: name in the JSON, in the legend, colour and hatching.
+_PARTS = (
+    ("compute", "computing", "#0072B2", ""),
+    ("compute_loading", "computing while stored KV loads beside it", "#56B4E9", "//"),
+    ("stall", "waiting for stored KV", "#D55E00", ""),
+    ("other", "layout, first token's choice", "#999999", ""),
+)
+_WHOLE = ("another engine, not split", "#DDDDDD")
+_HEIGHT = 0.65
+_DPI = 150
+
+
+def check_plotting() -> None:
+    """Nothing if pictures can be drawn.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as exc:
+        raise MissingExtraError(
+            "pictures need matplotlib: pip install 'kvrag[bench]', or leave out --plot"
+        ) from exc
+
+
+def plot_lengths(folder: Path, lengths: Mapping[int, Mapping[str, Any]]) -> list[Path]:
+    """TTFT against context tokens, a line a contestant, both axes logarithmic.
+
+    Args:
+        lengths: the benchmark's figures by context tokens.
+
+    Returns:
+        The files `ttft_by_context.png` and `.svg`.
+
+    Raises:
+        InputError: the folder cannot be written.
+        MissingExtraError: see `check_plotting`.
+    """
+    figure = _figure(8.4, 4.6)
+    axes = figure.add_subplot()
+    names = list(dict.fromkeys(name for of in lengths.values() for name in of["ttft_range_s"]))
+    engines = list(dict.fromkeys(name.removesuffix(PREFIX_CACHED) for name in names))
+    for name in names:
+        points = [
+            (of["context_tokens"], of["ttft_s"][name], *of["ttft_range_s"][name])
+            for of in lengths.values()
+            if name in of["ttft_s"]
+        ]
+        tokens, seconds, low, high = zip(*points, strict=True)
+        place = engines.index(name.removesuffix(PREFIX_CACHED))
+        colour, cached = _COLOURS[place % len(_COLOURS)], name.endswith(PREFIX_CACHED)
+        axes.plot(
+            tokens,
+            seconds,
+            # More engines than colours differ by their markers.
+            marker=_MARKERS[place % len(_MARKERS)],
+            color=colour,
+            markerfacecolor="white" if cached else colour,
+            linestyle="--" if cached else "-",
+            label=name,
+        )
+        axes.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sorted(lengths), [f"{context:,}" for context in sorted(lengths)], minor=False)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(visible=True, which="major", linewidth=0.6, alpha=0.6)
+    axes.grid(visible=True, which="minor", axis="y", linewidth=0.3, alpha=0.4)
+    axes.set_xlabel("context (tokens)")
+    axes.set_ylabel("time to first token (s)")
+    axes.set_title(_title("Time to first token by context length", next(iter(lengths.values()))))
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
+    return _save(figure, folder, "ttft_by_context")
+
+
+def plot_spans(folder: Path, figures: Mapping[str, Any]) -> list[Path]:
+    """Where the time goes: TTFT of one context length, a bar a contestant, split into its parts.
+
+    kvrag's own bars stand once more below, as shares: beside a full prefill they are short.
+
+    Args:
+        figures: the benchmark's figures of that length.
+
+    Returns:
+        The files `ttft_spans.png` and `.svg`.
+
+    Raises:
+        InputError: the folder cannot be written.
+        MissingExtraError: see `check_plotting`.
+    """
+    seconds = figures["ttft_s"]
+    names = sorted(figures["ttft_range_s"], key=lambda name: float(seconds[name]))
+    split = [name for name in names if name in figures["spans_s"]]
+    figure = _figure(8.4, 2.8 + 0.36 * (len(names) + len(split)))
+    grid = figure.add_gridspec(2, 1, height_ratios=(len(names) + 1, len(split) + 1))
+    above, below = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
+    handles = _bars(above, names, figures, {name: seconds[name] for name in split})
+    longest = seconds[names[-1]]
+    for place, name in enumerate(names):
+        end = seconds[name] + longest / 100
+        above.text(end, place, f"{seconds[name]:.3g}", va="center", fontsize=9)
+    above.set_xlim(0, longest * 1.1)
+    above.set_xlabel("time to first token (s)")
+    tokens = figures["context_tokens"]
+    above.set_title(_title(f"Where the time goes at {tokens:,} context tokens", figures))
+    _bars(below, split, figures, dict.fromkeys(split, 100.0))
+    below.set_xlim(0, 100)
+    below.set_xlabel("share of kvrag's time to first token (%)")
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    return _save(figure, folder, "ttft_spans")
+
+
+def plot_frontier(
+    folder: Path,
+    sets: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    full: Mapping[str, Mapping[str, Any]],
+) -> list[Path]:
+    """The frontier: what a strategy costs against how far it is from full prefill, a panel a set.
+
+    Args:
+        sets: the fidelity benchmark's figures by set and strategy.
+        full: those of full prefill by set.
+
+    Returns:
+        The files `frontier.png` and `.svg`.
+
+    Raises:
+        InputError: the folder cannot be written.
+        MissingExtraError: see `check_plotting`.
+    """
+    columns = min(3, len(sets))
+    lines = -(-len(sets) // columns)
+    figure = _figure(1.2 + 4.2 * columns, 0.8 + 3.4 * lines)
+    names = list(dict.fromkeys(name for of in sets.values() for name in of))
+    handles: dict[str, Any] = {}
+    for place, (title, of) in enumerate(sets.items()):
+        axes = figure.add_subplot(lines, columns, place + 1)
+        for name, figures in of.items():
+            at = names.index(name)
+            low, high = figures["ci95"]["kl"]
+            handles[name] = axes.errorbar(
+                100 * figures["ttft_s"] / full[title]["ttft_s"],
+                figures["kl"],
+                yerr=[[figures["kl"] - low], [high - figures["kl"]]],
+                fmt=_MARKERS[at % len(_MARKERS)],
+                color=_COLOURS[at % len(_COLOURS)],
+                markersize=7,
+                capsize=2,
+                linewidth=1,
+            )
+        axes.set_title(f"{title}, {full[title]['n']} items")
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("TTFT (% of full prefill's)")
+        axes.set_ylabel("KL to full prefill (nats)")
+        axes.grid(visible=True, which="both", linewidth=0.6, alpha=0.5)
+        axes.set_axisbelow(True)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False
+    )
+    return _save(figure, folder, "frontier")
+
+
+def _bars(
+    axes: Axes, names: Sequence[str], figures: Mapping[str, Any], totals: Mapping[str, float]
+) -> list[Any]:
+    """A bar a name, from the top; those in `totals` split into parts. What the legend shows."""
+    split = [place for place, name in enumerate(names) if name in totals]
+    left, handles = [0.0] * len(split), []
+    for part, label, colour, hatch in _PARTS:
+        widths = [_share(figures, names[place], part) * totals[names[place]] for place in split]
+        bars = axes.barh(
+            split,
+            widths,
+            left=left,
+            height=_HEIGHT,
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            linewidth=0,
+            label=label,
+        )
+        handles.append(bars)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    whole = [place for place, name in enumerate(names) if name not in totals]
+    if whole:
+        seconds = [figures["ttft_s"][names[place]] for place in whole]
+        label, colour = _WHOLE
+        handles.append(axes.barh(whole, seconds, height=_HEIGHT, color=colour, label=label))
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(visible=True, axis="x", linewidth=0.6, alpha=0.6)
+    axes.set_axisbelow(True)
+    return handles
+
+
+def _share(figures: Mapping[str, Any], name: str, part: str) -> float:
+    """The parts are means and the bar is a median: they are scaled to it."""
+    spans = figures["spans_s"][name]
+    return float(spans[part] / sum(spans.values()))
+
+
+def _title(what: str, figures: Mapping[str, Any]) -> str:
+    threads = "1 thread" if figures["threads"] == 1 else f"{figures['threads']} threads"
+    model = Path(str(figures["model"])).name
+    return f"{what}\n{model}, {figures['dtype']}, {threads}, median of {figures['repetitions']}"
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure in inches that belongs to no window and to no list of open figures."""
+    check_plotting()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    from matplotlib import rc_context
+
+    files = [folder / f"{name}.png", folder / f"{name}.svg"]
+    # Without the salt ids are random, and SVG has the date: no two pictures would be the same.
+    with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            figure.savefig(files[0], dpi=_DPI)
+            figure.savefig(files[1], metadata={"Date": None})
+        except OSError as exc:
+            raise InputError(f"{folder} cannot be written: {exc.strerror or exc}") from exc
+    return files

@@ -1,0 +1,292 @@
+"""The layer stream over the store: groups of layers, several chunks at a time, a bounded way ahead.
+
+A chunk comes from an open block of the store or from layers in memory. Chunks are read side by
+side, each from its tier, first layers first. A block that cannot be read on is computed anew,
+alone, by the thread that asks for the layer; the other chunks go on as they were.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from kvrag.fusion.stream.chunk_reads import ChunkReads, LayerKV
+from kvrag.fusion.stream.io_threads import WIDTH, IoThreads, io_threads
+from kvrag.fusion.stream.read_times import ReadTimes, TierRead
+from kvrag.store.codecs import Codec
+from kvrag.store.errors import StoreError
+from kvrag.store.header import BlockHeader
+from kvrag.store.tiered import BlockReader
+
+__all__ = ["BlockStream"]
+
+#: Most bytes of decoded layers that wait for a request: 20 layers of 4,096 tokens of a model with
+#: 3 KV heads of 64, 4 of one with 8 of 128.
+AHEAD_BYTES = 64 * 2**20
+#: Most layers a read. Larger groups read no faster (docs/benchmarks.md).
+LARGEST_GROUP = 8
+
+
+class BlockStream:
+    """A `fusion.LayerStream` over the store. One thread asks for layers; any may close it.
+
+    Args:
+        readers: one a chunk, open; None for a chunk that no tier has. The stream closes them.
+        codec: decodes the readers' segments.
+        recompute: makes all layers of chunk i.
+        first_chunks: for each layer the first chunk that is wanted, see
+            `FusionStrategy.first_chunks`; those before it are not read.
+        ahead_bytes: most bytes of decoded layers that are ready or being read before they are asked
+            for; one layer is always allowed.
+        threads: where reading runs; default: the process's, four threads a tier.
+
+    Loading begins at once. `stall_s` is how long the caller waited, in seconds; reading the first
+    layer of what lies in memory, which its thread does, is part of that.
+    """
+
+    def __init__(
+        self,
+        readers: Sequence[BlockReader | None],
+        codec: Codec,
+        recompute: Callable[[int], Sequence[LayerKV]],
+        first_chunks: Sequence[int],
+        *,
+        ahead_bytes: int = AHEAD_BYTES,
+        threads: IoThreads | None = None,
+    ) -> None:
+        self._codec, self._recompute, self._first_chunks = codec, recompute, first_chunks
+        self._count = len(readers)
+        self._chunks = {
+            chunk: ChunkReads(reader, [i for i, first in enumerate(first_chunks) if first <= chunk])
+            for chunk, reader in enumerate(readers)
+            if reader is not None
+        }
+        self._memory: dict[int, Sequence[LayerKV]] = {}
+        layer_nbytes = sum(_layer_nbytes(chunk.reader.header) for chunk in self._chunks.values())
+        self._ahead = max(1, ahead_bytes // max(1, layer_nbytes))
+        # Half of what may wait: one group is read while the one before is used up.
+        self._largest = min(LARGEST_GROUP, max(1, self._ahead // 2))
+        self.stall_s = 0.0
+        self._times = ReadTimes()
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._closed = False
+        self._waiting = False
+        self._next = 0
+        self._threads = threads or io_threads()
+        self._threads.join()
+        try:
+            # The first layer of what lies in memory is there sooner than a thread wakes to read it.
+            begun = time.perf_counter()
+            self._waiting = True
+            self._read_on(at_once=True)
+            self._waiting = False
+            self.stall_s = time.perf_counter() - begun
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def computed(self) -> frozenset[int]:
+        """The chunks that were not loaded, or not to the end."""
+        return frozenset(self._memory)
+
+    @property
+    def holes(self) -> list[int]:
+        """Chunks that have no block and were not computed yet."""
+        return [i for i in range(self._count) if i not in self._chunks and i not in self._memory]
+
+    @property
+    def load_s(self) -> float:
+        """Seconds during which something was read, verified or decoded for this stream."""
+        with self._changed:
+            return self._times.busy_s
+
+    @property
+    def measured(self) -> dict[str, TierRead]:
+        """What each tier delivered, by its name; what others had read already is not counted."""
+        with self._changed:
+            return self._times.by_tier()
+
+    def compute(self, chunk: int) -> None:
+        """Make the layers of a chunk that cannot be loaded."""
+        self._read_on()
+        layers = self._recompute(chunk)
+        with self._changed:
+            self._memory[chunk] = layers
+
+    def next_layer(self) -> list[LayerKV]:
+        index = self._next
+        if self._closed or index >= len(self._first_chunks):
+            raise RuntimeError(f"layer {index} asked of a stream that is closed or at its end")
+        while (layer := self._layer()) is None:
+            for chunk in self._lost():
+                self.compute(chunk)
+        self._read_on()
+        return layer
+
+    def close(self) -> None:
+        """Stop loading and release the blocks, without waiting for reads that are under way.
+
+        The pin of a block that is being read goes when the read ends.
+        """
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            for chunk in self._chunks.values():
+                chunk.drop()
+            self._changed.notify_all()
+        for chunk in self._chunks.values():
+            chunk.reader.close()
+        self._threads.leave()
+
+    # ---- the next layer --------------------------------------------------------------------------
+
+    def _layer(self) -> list[LayerKV] | None:
+        """Wait for the next layer; None if chunks of it must be computed first."""
+        begun = time.perf_counter()
+        with self._changed:
+            self._waiting = True
+            self._changed.wait_for(self._settled)
+            self._waiting = False
+            self.stall_s += time.perf_counter() - begun
+            if self._error is not None:
+                raise self._error
+            if self._closed:
+                raise RuntimeError(f"layer {self._next} asked of a stream that is closed")
+            if self._lost():
+                return None
+            layer = [self._take(chunk) for chunk in self._wanted()]
+            self._next += 1
+            return layer
+
+    def _wanted(self) -> range:
+        return range(self._first_chunks[self._next], self._count)
+
+    def _missing(self) -> list[int]:
+        """Chunks of the next layer that are not there."""
+        return [
+            chunk
+            for chunk in self._wanted()
+            if chunk not in self._memory
+            and not (chunk in self._chunks and self._chunks[chunk].has(self._next))
+        ]
+
+    def _lost(self) -> list[int]:
+        """Those of them that nobody reads: for the caller to compute."""
+        chunks = self._chunks
+        return [i for i in self._missing() if i not in chunks or chunks[i].failed]
+
+    def _settled(self) -> bool:
+        """Whether the caller has waited long enough for the next layer."""
+        if self._error is not None or self._closed:
+            return True
+        missing = self._missing()
+        return not missing or bool(self._lost())
+
+    def _take(self, chunk: int) -> LayerKV:
+        if chunk in self._memory:
+            return self._memory[chunk][self._next]
+        return self._chunks[chunk].take(self._next)
+
+    # ---- reading ---------------------------------------------------------------------------------
+
+    def _plan(self) -> list[tuple[ChunkReads, int, int]]:
+        """The reads that there is room for, which are then under way."""
+        with self._changed:
+            if self._closed or self._error is not None:
+                return []
+            if self._waiting and self._settled():
+                return []  # the caller wakes, takes its layer and comes here; do not crowd it out
+            end = self._next + self._ahead
+            chunks = self._chunks.values()
+            # First layers first: what a tier reads ahead would only hold them up.
+            busy = {chunk.reader.tier for chunk in chunks if not chunk.begun}
+            groups = [
+                (chunk, chunk.next_group(end, self._largest))
+                for chunk in chunks
+                if not (chunk.begun and chunk.reader.tier in busy)
+            ]
+        return [(chunk, *group) for chunk, group in groups if group is not None]
+
+    def _read_on(self, *, at_once: bool = False) -> None:
+        """Begin the reads that there is room for; those of memory `at_once`, in this thread."""
+        near: list[Callable[[], None]] = []
+        work: dict[tuple[str, int], list[Callable[[], None]]] = defaultdict(list)
+        for chunk, first, last in self._plan():
+            reader = chunk.reader
+            read: Callable[[], None] = partial(self._read, chunk, first, last)
+            if at_once and reader.in_memory:
+                near.append(read)
+            else:
+                # Reading memory is computing: more threads would only get in each other's way.
+                work[reader.tier, 1 if reader.in_memory else WIDTH].append(read)
+        for (tier, width), reads in work.items():
+            self._threads.submit(tier, reads, width=width)
+        for read in near:
+            read()
+
+    def _read(self, chunk: ChunkReads, first: int, last: int) -> None:
+        """Read one group of layers of one chunk, and begin what can be read next."""
+        try:
+            if not self._closed:
+                self._load(chunk, first, last)
+        except BaseException as exc:
+            # Shown where the layer is asked for: a thread that fails silently would hang the run.
+            with self._changed:
+                self._error = exc
+                self._changed.notify_all()
+
+    def _load(self, chunk: ChunkReads, first: int, last: int) -> None:
+        begun = time.perf_counter()
+        try:
+            fetched = chunk.reader.fetch(first, last)
+        except StoreError:
+            self._arrived(chunk, first, None, ("", 0, begun))
+            return
+        try:
+            read = (fetched.tier, fetched.read_nbytes, begun)
+            self._arrived(chunk, first, self._decoded(chunk, fetched.segments), read)
+            self._read_on()
+        finally:
+            # Last, for the caller waits for layers, not for copies in faster tiers.
+            if fetched.admit is not None:
+                fetched.admit()
+
+    def _decoded(self, chunk: ChunkReads, segments: list[memoryview]) -> list[LayerKV] | None:
+        try:
+            return [self._codec.decode(segment, chunk.reader.header) for segment in segments]
+        except StoreError:
+            return None
+
+    def _arrived(
+        self,
+        chunk: ChunkReads,
+        first: int,
+        layers: list[LayerKV] | None,
+        read: tuple[str, int, float],
+    ) -> None:
+        """Hand a group over, or note that it cannot be had; wake the caller if that is its turn."""
+        with self._changed:
+            self._times.add(*read, time.perf_counter())
+            if self._closed:
+                return
+            if layers is None:
+                chunk.fail()
+            else:
+                chunk.deliver(first, layers)
+            if self._settled():
+                self._changed.notify_all()
+
+
+def _layer_nbytes(header: BlockHeader) -> int:
+    """Bytes of one decoded layer of a chunk."""
+    itemsize: int = getattr(torch, header.dtype).itemsize
+    return itemsize * (math.prod(header.k_shape[1:]) + math.prod(header.v_shape[1:]))
