@@ -1,7 +1,8 @@
 """One-row products with int8 weights: decoding reads every weight, here in half the bytes.
 
-For CPUs that calculate in float32, torch has no fast product of a float32 row with int8 weights,
-but FBGEMM has a fast weighted sum of int8 rows, the embedding bag, and `y = sum_k x[k] * W[:, k]`
+For CPUs that calculate in float32. Native code has a product of its own (`native.Int8Weights`);
+this is for those without. torch has no fast product of a float32 row with int8 weights, but FBGEMM
+has a fast weighted sum of int8 rows, the embedding bag, and `y = sum_k x[k] * W[:, k]`
 is one: its rows are the columns of `W`, cut into blocks of outputs whose sums stay in registers.
 Each row of a block has a scale and an offset of its own, applied at no extra cost; the activations
 stay float32.

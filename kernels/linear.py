@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Linear", "linear"]
+from .native import Int8Weights, Native
+
+__all__ = ["Linear", "OneRow", "linear", "row_major"]
 
 _LARGEST_FLOAT16 = 65504.0
-#: Outputs of one packed part: a weight of 65,536 x 640 is packed three times faster than whole.
+#: Outputs of one part. Packed so, a weight of 65,536 x 640 takes a third of the time.
 _PART_OUTPUTS = 8192
 
 
@@ -37,6 +39,41 @@ def linear(weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype) -> L
     if _packs(weight, compute_dtype):
         return _Packed(weight, wide)
     return _Dense(weight.to(compute_dtype), wide)
+
+
+def row_major(weight: Tensor, compute_dtype: torch.dtype, native: Native | None) -> Linear:
+    """`linear` without a bias for a weight that is mostly multiplied by one row, as heads are.
+
+    With native code the weight is read as it is stored, and no packed copy takes memory; several
+    rows then pay for widening it.
+    """
+    if native is None or weight.dtype not in (torch.bfloat16, torch.float16):
+        return linear(weight, None, compute_dtype)
+    return OneRow(native, weight, _Widened(weight))
+
+
+class OneRow:
+    """One row times a weight (out, in) that native code reads; several rows go through `several`.
+
+    Args:
+        weight: what `Native.gemv` takes.
+    """
+
+    def __init__(self, native: Native, weight: Tensor | Int8Weights, several: Linear) -> None:
+        self._native, self._weight, self._several = native, weight, several
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._native.gemv(self._weight, x) if x.shape[0] == 1 else self._several(x)
+
+
+class _Widened:
+    """torch's float32 product with parts of a 16-bit weight, one after another."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._parts = torch.split(weight, _PART_OUTPUTS)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([F.linear(x, part.float()) for part in self._parts], dim=-1)
 
 
 class _Dense:

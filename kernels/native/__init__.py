@@ -5,8 +5,18 @@
 
 from __future__ import annotations
 
+from .layers import LayerParts, LayersShape, NativeLayers, Product
 from .library import load
 from .memory import empty_huge
 from .operations import Int8Weights, Native
 
-__all__ = ["Int8Weights", "Native", "empty_huge", "load"]
+__all__ = [
+    "Int8Weights",
+    "LayerParts",
+    "LayersShape",
+    "Native",
+    "NativeLayers",
+    "Product",
+    "empty_huge",
+    "load",
+]

@@ -34,9 +34,11 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "gated_silu": _GATED,
     "gated_gelu_tanh": _GATED,
     "decode": (c_void_p, *[c_int64] * 4, *[c_void_p] * 6, c_float, c_void_p, c_void_p, c_int),
+    "gemv_f32": _GEMV,
     "gemv_bf16": _GEMV,
     "gemv_f16": _GEMV,
     "gemv_i8": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int),
+    "layers": (*[c_void_p] * 5, c_int64, c_int64, c_void_p, c_int),
 }  # fmt: skip
 
 

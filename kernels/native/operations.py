@@ -65,8 +65,8 @@ class Native:
     """What one loaded library can do; made by `load`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._c = library
-        self._piece = ctypes.c_int64.in_dll(library, "decode_piece").value
+        self.library = library
+        self.decode_piece = ctypes.c_int64.in_dll(library, "decode_piece").value
 
     def softmax_rows_(
         self,
@@ -112,7 +112,7 @@ class Native:
             raise ValueError(f"every row needs 0 <= first < last <= {columns}")
         threads = _threads(scores.numel())
         stride = scores.stride(0)
-        self._c.softmax_rows(
+        self.library.softmax_rows(
             scores.data_ptr(), rows, columns, stride, first.data_ptr(), last.data_ptr(), period,
             scale, threads,
         )  # fmt: skip
@@ -122,7 +122,7 @@ class Native:
         if received.shape[0] != columns:
             raise ValueError(f"received has {received.shape[0]} numbers for {columns} columns")
         counted = range(period) if counted is None else counted
-        self._c.add_columns(
+        self.library.add_columns(
             scores.data_ptr(), rows, columns, stride, period, counted.start, counted.stop,
             received.data_ptr(), threads,
         )  # fmt: skip
@@ -163,7 +163,7 @@ class Native:
                     f"positions and {dim} dimensions"
                 )
             tables = (cos.data_ptr(), sin.data_ptr())
-        getattr(self._c, f"rotate_into_{_SUFFIXES[x.dtype]}")(
+        getattr(self.library, f"rotate_into_{_SUFFIXES[x.dtype]}")(
             x.data_ptr(), heads, n, dim, x.stride(0), x.stride(1), *tables, rotary,
             None if at is None else at.data_ptr(), start,
             out.data_ptr(), out.stride(0), out.stride(1), _threads(x.numel()),
@@ -179,7 +179,7 @@ class Native:
         rows = _rows(x.reshape(-1, size))
         out = torch.empty(x.shape)
         if x.numel():
-            self._c.rms_norm(
+            self.library.rms_norm(
                 rows.data_ptr(), rows.shape[0], size, rows.stride(0), weight.data_ptr(), eps,
                 out.data_ptr(), size, _threads(x.numel()),
             )  # fmt: skip
@@ -193,7 +193,7 @@ class Native:
         rows = _rows(gate_up)
         n, size = rows.shape[0], rows.shape[1] // 2
         out = torch.empty(n, size)
-        function = self._c.gated_silu if activation == "silu" else self._c.gated_gelu_tanh
+        function = self.library.gated_silu if activation == "silu" else self.library.gated_gelu_tanh
         if out.numel():
             function(
                 rows.data_ptr(), n, size, rows.stride(0), out.data_ptr(), size,
@@ -241,7 +241,7 @@ class Native:
             if not 1 <= length <= k.shape[1]:
                 raise ValueError(f"a length must be in 1 .. {k.shape[1]}, got {length}")
         first = [0 if window is None else max(0, length - window) for length in lengths]
-        pieces = [-(-(e - b) // self._piece) for b, e in zip(first, lengths, strict=True)]
+        pieces = [-(-(e - b) // self.decode_piece) for b, e in zip(first, lengths, strict=True)]
         before = list(accumulate(pieces, initial=0))
         rows = q.transpose(0, 1).contiguous()
         # One array of everything: pointers, strides and bounds, by sequence.
@@ -261,7 +261,7 @@ class Native:
         states = torch.empty(before[-1] * heads * (dim + 2))
         out = torch.empty(n, heads * dim)
         work = 2 * kv_heads * dim * sum(e - b for b, e in zip(first, lengths, strict=True))
-        self._c.decode(
+        self.library.decode(
             rows.data_ptr(), n, heads, kv_heads, dim, *starts, scale, states.data_ptr(),
             out.data_ptr(), _threads(work),
         )  # fmt: skip
@@ -290,12 +290,12 @@ class Native:
         x, out = _rows(x), torch.empty(1, outputs)
         tail = (None if bias is None else bias.data_ptr(), out.data_ptr(), _threads(values.numel()))
         if isinstance(weight, Int8Weights):
-            self._c.gemv_i8(
+            self.library.gemv_i8(
                 x.data_ptr(), values.data_ptr(), weight.scales.data_ptr(), inputs, outputs,
                 INT8_GROUP, *tail,
             )  # fmt: skip
         elif values.dtype in (torch.bfloat16, torch.float16):
-            getattr(self._c, f"gemv_{_SUFFIXES[values.dtype]}")(
+            getattr(self.library, f"gemv_{_SUFFIXES[values.dtype]}")(
                 x.data_ptr(), values.data_ptr(), inputs, outputs, *tail
             )
         else:

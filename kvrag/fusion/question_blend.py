@@ -112,7 +112,7 @@ class Fast(QuestionBlend):
     """The default: lower TTFT and nearer to full prefill than CacheBlend at 15 %."""
 
     ratio: float = 0.04
-    most_rows: int = 256
+    most_rows: int = 192
 
     name: ClassVar[str] = "fast"
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from kvrag.kernels.native import empty_huge
 from kvrag.models.config import ModelConfig
 
 __all__ = ["KVCache"]
@@ -13,37 +16,39 @@ __all__ = ["KVCache"]
 class KVCache:
     """K and V of positions 0 … `length` - 1 for all layers.
 
-    `k[layer]` and `v[layer]` are (kv_heads, capacity, head_dim); index equals position. What lies
-    behind `length` is undefined. Not thread-safe: a cache belongs to one running request.
+    `k[layer]` and `v[layer]` are (kv_heads, capacity, head_dim); index equals position. They are
+    views of `kv`, (layers, 2, kv_heads, capacity, head_dim), which is one allocation in huge pages
+    where there are any: those are written and read faster, but are taken whole, so that a roomy
+    cache may take all of its memory when its first positions are written. What lies behind `length`
+    is undefined. Not thread-safe: a cache belongs to one running request.
     """
 
     def __init__(
         self, config: ModelConfig, capacity: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (config.num_kv_heads, max(1, capacity), config.head_dim)
-        self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in config.layers]
-        self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in config.layers]
+        shape = (config.num_layers, 2, config.num_kv_heads, max(1, capacity), config.head_dim)
+        self._take(_empty(shape, dtype, device))
         self.length = 0
 
     @property
     def capacity(self) -> int:
-        return self.k[0].shape[1]
+        return self.kv.shape[3]
 
     @property
     def nbytes(self) -> int:
-        return 2 * len(self.k) * self.k[0].numel() * self.k[0].element_size()
+        return self.kv.nbytes
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` positions; what is stored stays. Grows by at least a half."""
+        """Make room for `length` positions; what is stored stays. Grows by at least a half.
+
+        While it grows, both the smaller and the larger cache exist.
+        """
         if length <= self.capacity:
             return
-        capacity = max(length, self.capacity * 3 // 2)
-        # Layer by layer, so that at most one layer exists twice.
-        for tensors in (self.k, self.v):
-            for layer, old in enumerate(tensors):
-                new = old.new_empty(old.shape[0], capacity, old.shape[2])
-                new[:, : self.length] = old[:, : self.length]
-                tensors[layer] = new
+        old = self.kv
+        shape = (*old.shape[:3], max(length, self.capacity * 3 // 2), old.shape[4])
+        self._take(_empty(shape, old.dtype, old.device))
+        self.kv[..., : self.length, :] = old[..., : self.length, :]
 
     def write(self, layer: int, positions: Tensor | slice, k: Tensor, v: Tensor) -> None:
         """Store rotated K and V (kv_heads, n, head_dim) at `positions`; converts the dtype.
@@ -58,3 +63,13 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate a cache of {self.length} positions to {length}")
         self.length = length
+
+    def _take(self, kv: Tensor) -> None:
+        self.kv = kv
+        self.k, self.v = list(kv[:, 0]), list(kv[:, 1])
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return empty_huge(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)

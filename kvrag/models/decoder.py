@@ -8,7 +8,6 @@ decoder knows nothing of chunks, stores or sampling.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,13 +19,16 @@ from kvrag.kernels import (
     Int8Decoding,
     Kernels,
     KernelsUnavailableError,
-    Linear,
     choose,
     compute_dtype,
     linear,
 )
+from kvrag.kernels.linear import OneRow, row_major
+from kvrag.kernels.native import LayerParts, Native, NativeLayers, load
 from kvrag.models.config import LayerConfig, ModelConfig
 from kvrag.models.layer import Layer
+from kvrag.models.native_steps import int8_or_stored, layer_parts, native_layers
+from kvrag.models.projection import Projection, projection
 from kvrag.models.rope import Rope
 from kvrag.models.rope_config import RopeConfig
 from kvrag.models.weights import Weights
@@ -44,7 +46,10 @@ class Decoder:
         int8_decoding: `stepping` multiplies int8 weights; nothing else does, so that what is
             stored does not depend on it.
         kernels, kernels_dir: what calculates, by name, and the folder of its native code; see
-            `kernels.choose`. Results differ by rounding alone.
+            `kernels.choose`. Results differ by rounding alone. With native code `step` works, for
+            which each layer's weights stay as they are stored, 2 bytes a weight in bfloat16,
+            beside what many rows are multiplied with; as int8 if `int8_decoding`, and then in
+            `stepping` alone. Tensors whose file has that dtype are read where it is mapped.
 
     Raises:
         ModelError: a tensor is missing or of another shape, or int8 decoding or the kernels
@@ -81,33 +86,74 @@ class Decoder:
                     "weights hold a tensor 'lm_head.weight' that differs from "
                     "'model.embed_tokens.weight'"
                 )
-        self._int8 = self._int8_products() if int8_decoding else None
-        self._head, step_head = self._products(head, None)
+        native = self._native(kernels_dir)
+        bags = self._int8_bags() if int8_decoding and native is None else None
+        self._head = row_major(head, self.compute_dtype, native)
         # A number of the compute dtype, as the families that scale were trained.
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=self.compute_dtype)
         self._norm = self._norm_weight(weights.take("model.norm.weight", hidden))
         ropes: dict[RopeConfig, Rope] = {}
         self.layers: list[Layer] = []
-        step_layers: list[Layer] = []
+        bag_layers: list[Layer] = []
+        native_parts: list[LayerParts] = []
         for index, layer in enumerate(config.layers):
             rope, norms = self._rope(ropes, layer), self._norms(weights, index)
-            linears = self._linears(weights, index)
-            full = {name: pair[0] for name, pair in linears.items()}
+            projections = self._projections(weights, index)
+            full = {
+                name: linear(p.weight, p.bias, self.compute_dtype)
+                for name, p in projections.items()
+            }
             self.layers.append(Layer(index, config, rope, norms, full, self.kernels))
-            if int8_decoding:
-                step = {name: pair[1] for name, pair in linears.items()}
-                step_layers.append(Layer(index, config, rope, norms, step, self.kernels))
+            if native is not None:
+                table = None if layer.rope is None else list(ropes).index(layer.rope)
+                native_parts.append(
+                    layer_parts(
+                        projections, norms, rope=table, window=layer.window, int8=int8_decoding
+                    )
+                )
+            elif bags is not None:
+                step = {
+                    name: bags.linear(p.weight, p.bias, full[name])
+                    for name, p in projections.items()
+                }
+                bag_layers.append(Layer(index, config, rope, norms, step, self.kernels))
         self._ropes = list(ropes.values())
         weights.check_all_taken()
-        self._stepping: Decoder | None = None
-        if int8_decoding:
-            self._stepping = copy.copy(self)
-            self._stepping.layers, self._stepping._head = step_layers, step_head
+        self._native_layers: NativeLayers | None = None
+        self._stepping = copy.copy(self) if int8_decoding else None
+        if native is not None:
+            stepping = self._stepping or self
+            stepping._native_layers = native_layers(native, config, native_parts)
+            if int8_decoding:
+                stepping._head = OneRow(native, int8_or_stored(head), self._head)
+        elif self._stepping is not None and bags is not None:
+            self._stepping.layers = bag_layers
+            self._stepping._head = bags.linear(head, None, self._head)
 
     @property
     def stepping(self) -> Decoder:
         """What continues a prompt a token at a time; shares all but the products with this one."""
         return self._stepping or self
+
+    @property
+    def steps_natively(self) -> bool:
+        """Whether `step` works here."""
+        return self._native_layers is not None
+
+    def step(self, x: Tensor, kv: Tensor, position: int) -> Tensor:
+        """One row through all layers, in one call of native code.
+
+        Args:
+            x: (1, hidden_size).
+            kv: `KVCache.kv` with a capacity beyond `position`; the row's K and V are written to it.
+
+        Returns:
+            (1, hidden_size), behind the last layer.
+        """
+        if self._native_layers is None:
+            raise ModelError("a step in one call needs native code, and there is none here")
+        tables = [rope.tables(position + 1) for rope in self._ropes]
+        return self._native_layers(x, kv, position, tables)
 
     def reserve(self, length: int) -> None:
         """Be ready to rotate to positions below `length` that come in tensors.
@@ -134,16 +180,15 @@ class Decoder:
         except KernelsUnavailableError as exc:
             raise ModelError(f"kernels {name!r} are not possible here: {exc}") from exc
 
-    def _int8_products(self) -> Int8Decoding:
+    def _native(self, folder: Path | None) -> Native | None:
+        """The code behind `kernels`, if that is native."""
+        return load(folder) if self.kernels.name == "native" and folder is not None else None
+
+    def _int8_bags(self) -> Int8Decoding:
         try:
             return Int8Decoding(self.compute_dtype, self.device)
         except ValueError as exc:
             raise ModelError(f"decode_weights 'int8' is not possible here: {exc}") from exc
-
-    def _products(self, weight: Tensor, bias: Tensor | None) -> tuple[Linear, Linear]:
-        """The product in full precision, and the one of decoding; the same without int8."""
-        full = linear(weight, bias, self.compute_dtype)
-        return full, full if self._int8 is None else self._int8.linear(weight, bias, full)
 
     def _stored(self, tensor: Tensor) -> Tensor:
         """A weight rounded to the stored dtype."""
@@ -185,30 +230,33 @@ class Decoder:
             for place, (stored, size) in names.items()
         }
 
-    def _linears(self, weights: Weights, index: int) -> dict[str, tuple[Linear, Linear]]:
+    def _projections(self, weights: Weights, index: int) -> dict[str, Projection]:
         """One layer's projections; those that read the same rows are joined into one product."""
         c = self.config
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
 
-        def joined(outputs: Mapping[str, int], inputs: int, *, bias: bool) -> tuple[Linear, Linear]:
-            def cat(kind: str, *shape: int) -> Tensor:
-                parts = [
-                    weights.take(f"model.layers.{index}.{name}.{kind}", size, *shape)
-                    for name, size in outputs.items()
-                ]
-                return self._stored(torch.cat(parts) if len(parts) > 1 else parts[0])
+        def take(name: str, *shape: int) -> Tensor:
+            return self._stored(weights.take(f"model.layers.{index}.{name}", *shape))
 
-            return self._products(cat("weight", inputs), cat("bias") if bias else None)
+        def joined(
+            names: dict[str, int], inputs: int, *, bias: bool, fused: str | None = None
+        ) -> Projection:
+            whole = fused if c.fused_weights else None
+            return projection(take, names, inputs, bias=bias, fused=whole)
 
-        if c.fused_weights:
-            qkv = {"self_attn.qkv_proj": q + 2 * kv}
-            gate_up = {"mlp.gate_up_proj": 2 * c.mlp_size}
-        else:
-            qkv = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
-            gate_up = {"mlp.gate_proj": c.mlp_size, "mlp.up_proj": c.mlp_size}
         return {
-            "qkv": joined(qkv, c.hidden_size, bias=c.qkv_bias),
+            "qkv": joined(
+                {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv},
+                c.hidden_size,
+                bias=c.qkv_bias,
+                fused="self_attn.qkv_proj",
+            ),
             "output": joined({"self_attn.o_proj": c.hidden_size}, q, bias=c.output_bias),
-            "gate_up": joined(gate_up, c.hidden_size, bias=c.mlp_bias),
+            "gate_up": joined(
+                {"mlp.gate_proj": c.mlp_size, "mlp.up_proj": c.mlp_size},
+                c.hidden_size,
+                bias=c.mlp_bias,
+                fused="mlp.gate_up_proj",
+            ),
             "down": joined({"mlp.down_proj": c.hidden_size}, c.mlp_size, bias=c.mlp_bias),
         }

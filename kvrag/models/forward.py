@@ -55,8 +55,12 @@ def _rows(
     begin, end = cache.length, cache.length + len(token_ids)
     cache.reserve(end)
     decoder.reserve(end)
-    positions = torch.arange(begin, end, device=decoder.device)
     x = decoder.embed(torch.tensor(token_ids, dtype=torch.int64, device=decoder.device))
+    if len(token_ids) == 1 and decoder.steps_natively and not stop_at_kv:
+        x = decoder.step(x, cache.kv, begin)
+        cache.length = end
+        return x
+    positions = torch.arange(begin, end, device=decoder.device)
     for layer in decoder.layers:
         q, k, v = layer.project(x)
         if sink is not None:

@@ -11,12 +11,13 @@ from kvrag.kernels import Activation, Kernels, Linear
 from kvrag.models.config import ModelConfig
 from kvrag.models.rope import Rope
 
-__all__ = ["Layer"]
+__all__ = ["KERNEL_ACTIVATIONS", "Layer"]
 
 #: Rows that go through the MLP together: bounds the memory of the widest activation.
 MLP_ROWS = 512
 
-_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+#: What the kernels call the activations of configs.
+KERNEL_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 class Layer:
@@ -39,7 +40,7 @@ class Layer:
         self._rope = rope
         self._config = config
         self._norms, self._linears, self._kernels = norms, linears, kernels
-        self._activation = _ACTIVATIONS[config.activation]
+        self._activation = KERNEL_ACTIVATIONS[config.activation]
         self._splits = [
             config.num_heads * config.head_dim,
             config.num_kv_heads * config.head_dim,

@@ -159,6 +159,15 @@ class Rope:
         if dim < x.shape[-1]:
             out[:, place, dim:] += x[:, None, dim:]
 
+    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions below `length` and of some more, as `RotateInto` says.
+
+        Raises:
+            IndexError: the model has fewer positions.
+        """
+        self.reserve(length)
+        return self._tables
+
     def _tables_for(self, positions: slice | Tensor) -> tuple[Tensor, Tensor]:
         # A look at positions in a tensor would wait for a GPU: who has them has reserved them.
         if isinstance(positions, slice):

@@ -6,26 +6,32 @@ from collections import deque
 
 import torch
 
-__all__ = ["LateCopies"]
+__all__ = ["FILL", "LateCopies"]
+
+#: What a copy holds before it is done.
+FILL = 0xAB
 
 
 class LateCopies:
-    """A `CopyStream` on the CPU as a GPU is: a copy is done when somebody waits for it, not before.
+    """A `CopyStream` on the CPU as a GPU is: copies are done later than they are begun.
 
-    Until then the copy holds `FILL`, and what it reads must stay as it was. `log` has ("copy", i),
-    ("record", e), ("wait", e), ("synchronize", e) in order; copy i is behind event e if it came
-    before it.
+    `log` has ("copy", i), ("record", e), ("wait", e), ("synchronize", e) and ("use", i) in order;
+    `behind[i]` is the first event behind copy i.
+
+    Args:
+        lazy: copies are done when somebody uses one of them or synchronizes, as late as on a GPU
+            whose computing lags. Else they are done when the computing waits, so that a strategy
+            can run over them.
+        fails_at: the number of a copy for which there is no memory.
     """
 
-    FILL = 0xAB
-
-    def __init__(self, fails_at=None):
-        self.log = []
-        #: What copies yielded, by their number, and how many bytes of pinned memory were asked for.
-        self.copies, self.pinned = [], []
-        self.fails_at = fails_at
+    def __init__(self, *, lazy=False, fails_at=None):
+        self.lazy, self.fails_at = lazy, fails_at
+        self.log, self.copies, self.behind, self.pinned = [], [], [], []
         self._queue = deque()
-        self._events = 0
+        self._events, self._awaited = 0, -1
+
+    # ---- what a copy stream does -------------------------------------------------------------
 
     def pinned_empty(self, nbytes):
         self.pinned.append(torch.empty(nbytes, dtype=torch.uint8))
@@ -35,45 +41,67 @@ class LateCopies:
         number = len(self.copies)
         if number == self.fails_at:
             raise torch.OutOfMemoryError("the device is full")
-        assert any(_within(source, memory) for memory in self.pinned), "copied out of other memory"
-        copy = torch.full_like(source, self.FILL)
-        self._queue.append((source, source.clone(), copy, self._events))
+        assert any(_within(source, memory) for memory in self.pinned), "not from pinned memory"
+        copy = torch.full_like(source, FILL)
+        self._queue.append((number, source, source.clone()))
         self.copies.append(copy)
+        self.behind.append(self._events)
         self.log.append(("copy", number))
         return copy
 
     def record(self):
-        event = _Event(self, self._events)
         self.log.append(("record", self._events))
         self._events += 1
-        return event
+        return _Event(self, self._events - 1)
 
     def share(self, copies):
-        self.log.append(("share", len(list(copies))))
+        pass
 
-    def pass_event(self, event):
-        """What a device has done by then."""
-        while self._queue and self._queue[0][3] <= event:
-            source, before, copy, _ = self._queue.popleft()
-            assert torch.equal(source, before), "the staging was written before its copy was done"
-            copy.copy_(source)
+    # ---- what the device does ----------------------------------------------------------------
 
     @property
     def pending(self):
+        """How many copies are begun and not done."""
         return len(self._queue)
+
+    def number_of(self, tensor):
+        """The copy that `tensor` is part of, or None."""
+        return next((i for i, copy in enumerate(self.copies) if _within(tensor, copy)), None)
+
+    def use(self, tensor):
+        """The computing reads part of a copy."""
+        number = self.number_of(tensor)
+        assert self._awaited >= self.behind[number], "used without waiting for the copy"
+        self.log.append(("use", number))
+        self.do(self.behind[number])
+
+    def wait(self, event):
+        self.log.append(("wait", event))
+        self._awaited = max(self._awaited, event)
+        if not self.lazy:
+            self.do(event)
+
+    def synchronize(self, event):
+        self.log.append(("synchronize", event))
+        self.do(event)
+
+    def do(self, event):
+        """All copies in front of the event."""
+        while self._queue and self.behind[self._queue[0][0]] <= event:
+            number, source, before = self._queue.popleft()
+            assert torch.equal(source, before), "the staging was written while a copy read it"
+            self.copies[number].copy_(source)
 
 
 class _Event:
     def __init__(self, stream, number):
-        self.stream, self.number = stream, number
+        self._stream, self._number = stream, number
 
     def wait(self):
-        self.stream.log.append(("wait", self.number))
-        self.stream.pass_event(self.number)
+        self._stream.wait(self._number)
 
     def synchronize(self):
-        self.stream.log.append(("synchronize", self.number))
-        self.stream.pass_event(self.number)
+        self._stream.synchronize(self._number)
 
 
 def _within(tensor, memory):

@@ -185,17 +185,17 @@ def test_the_raised_ratio_is_that_of_the_papers_formula(monkeypatch, share):
     machine.bytes_per_s = nbytes / (share * machine.full_s(tokens))
     machine.precompute()
     for _ in range(6):
-        machine.ask(tokens, Uniform(0.15), adapt=False)
-    decision, found = machine.ask(tokens, Uniform(0.15))
-    assert decision.reason == "load"
-    assert decision.strategy.ratio == pytest.approx(share, abs=0.07)
-    load_s = nbytes / machine.bytes_per_s
-    assert found.seconds <= 1.06 * load_s, "what was added is hidden"
+        _, own = machine.ask(tokens, Uniform(0.15), adapt=False)
+    for _ in range(3):
+        decision, found = machine.ask(tokens, Uniform(0.15))
+        assert decision.reason == "load"
+        assert decision.strategy.ratio == pytest.approx(share, abs=0.07)
+    assert found.seconds <= 1.07 * own.seconds, "what was added is hidden"
 
 
 def test_raising_costs_next_to_no_time():
-    machine = trained(bytes_per_s=4e7)
-    for tokens in (2048, 4096, 1024):
+    machine = trained(bytes_per_s=3e7)
+    for tokens in (2048, 1024, 3072, 2048):
         own = machine.truth(make_plan(CACHEBLEND, decoder(), prompt(tokens), sources(tokens)))
         decision, found = machine.ask(tokens, CACHEBLEND)
         assert decision.reason == "load"
@@ -226,7 +226,9 @@ def test_everything_is_computed_where_loading_takes_longer_and_loaded_again_when
     assert {d.reason for d, _ in computed} == {"full: loading is slower"}
     assert {d.strategy for d, _ in computed} == {Full()}
     assert [d.probe for d, _ in computed] == [n % 4 == 3 for n in range(10)]
-    assert computed[0][0].predicted_s == pytest.approx(machine.full_s(2048), rel=0.2)
+    # Attention over a whole prompt was not seen before.
+    assert computed[0][0].predicted_s == pytest.approx(machine.full_s(2048), rel=0.3)
+    assert computed[-1][0].predicted_s == pytest.approx(machine.full_s(2048), rel=0.03)
     machine.bytes_per_s = 2e9
     reasons = [machine.ask(2048, CACHEBLEND)[0].reason for _ in range(10)]
     back = reasons.index("quality")
@@ -273,7 +275,7 @@ def test_a_missing_chunk_is_computed_alone_and_stored():
 # ---- forecasts -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bytes_per_s", [1e7, 2.5e7, 6e7])
+@pytest.mark.parametrize("bytes_per_s", [1e7, 2e7, 3.5e7])
 @pytest.mark.parametrize("name", ["cacheblend", "fast", "reuse"])
 def test_stalls_are_foreseen_within_a_fifth(name, bytes_per_s):
     strategy = create(name)
@@ -407,6 +409,15 @@ def ask(engine, **options):
     return engine.answer("Who?", passages=PASSAGES, max_tokens=1, **options)
 
 
+def ask_until(engine, reason, *, most=12):
+    """Answers up to the first that the controller decided on for that reason."""
+    answers = []
+    while not answers or answers[-1].report.control.reason != reason:
+        assert len(answers) < most, [answer.report.control for answer in answers]
+        answers.append(ask(engine))
+    return answers
+
+
 def test_a_slow_disk_raises_the_ratio_and_a_slower_one_is_not_read(throttled):
     with throttled() as engine:
         first = ask(engine)
@@ -416,20 +427,17 @@ def test_a_slow_disk_raises_the_ratio_and_a_slower_one_is_not_read(throttled):
         full_s = ask(engine, strategy="full").report.ttft_s
         # Between what blending computes and what full prefill does.
         ThrottledDisk.bytes_per_s = nbytes / (0.6 * full_s)
-        reports = [ask(engine).report for _ in range(12)]
-        raised = [r for r in reports if r.control.reason == "load"]
-        assert raised, [r.control for r in reports]
-        assert raised[-1].control.ratio > 0.15
-        assert raised[-1].effective_ratio > reports[0].effective_ratio
-        assert raised[-1].spans.stall > 0.05
+        before, *_, raised = (answer.report for answer in ask_until(engine, "load"))
+        assert (before.control.reason, before.control.ratio) == ("quality", 0.15)
+        assert raised.control.ratio > 0.15
+        assert raised.effective_ratio > before.effective_ratio
+        assert raised.spans.stall > 0.05
         # What a request fixes stays.
         assert ask(engine, ratio=0.15).report.control.reason == "fixed"
         assert ask(engine, strategy="cacheblend:ratio=0.2").report.control.ratio == 0.2
 
         ThrottledDisk.bytes_per_s = nbytes / (3 * full_s)
-        answers = [ask(engine) for _ in range(4)]
-        last = answers[-1]
-        assert last.report.control.reason == "full: loading is slower"
+        last = ask_until(engine, "full: loading is slower")[-1]
         assert last.report.strategy == "full"
         assert {source.tier for source in last.sources} == {"none"}
         assert last.text == ask(engine, strategy="full").text
@@ -437,9 +445,9 @@ def test_a_slow_disk_raises_the_ratio_and_a_slower_one_is_not_read(throttled):
         assert last.report.control.error < 0.4
 
         ThrottledDisk.bytes_per_s = 1e9
-        reasons = [ask(engine).report.control.reason for _ in range(8)]
-        assert reasons[0] == "full: loading is slower"
-        assert reasons[-1] == "quality"
+        computed = ask_until(engine, "quality")[:-1]
+        assert computed, "nobody could know that the disk is well again"
+        assert {one.report.control.reason for one in computed} == {"full: loading is slower"}
         estimates = engine.controller.estimates
         assert estimates.raised >= 1
         assert estimates.full >= 2

@@ -11,7 +11,8 @@ from kvrag.verify.bounds import BLEND_KL
 from kvrag.verify.gate import verify
 from tests.verify.broken import ROPE_BREAKS, break_rope
 
-pytestmark = pytest.mark.models
+# Seconds on an idle machine; minutes on a busy one.
+pytestmark = [pytest.mark.models, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
    K and V are read once, in pieces of PIECE keys whose bounds depend on the sequence alone. Each
    piece has a softmax of its own; `combine` weighs them. So the result depends on no thread count.
    The rows of a query group go through a piece together, four at a time. */
-#include "vec.h"
+#include "exported.h"
 
 #define PIECE 256
 #define MOST_ROWS 4

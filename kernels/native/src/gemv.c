@@ -2,10 +2,13 @@
 
    Memory is the bound. The matrix is one stream from front to back: the prefetchers follow one
    better than several, and a hint 2 KiB ahead carries them over the ends of pages. */
-#include "vec.h"
+#include "exported.h"
 
 #define AHEAD 2048
 
+#define TYPE f32
+#include "gemv.inc.h"
+#undef TYPE
 #define TYPE bf16
 #include "gemv.inc.h"
 #undef TYPE

@@ -1,5 +1,5 @@
 /* Stored K and V into a float32 cache: K rotated to its positions, V as it is. */
-#include "vec.h"
+#include "exported.h"
 
 #define TYPE f32
 #include "rotate.inc.h"

@@ -1,5 +1,5 @@
 /* Norms and gated activations of rows. */
-#include "vec.h"
+#include "exported.h"
 
 /* out[i] = x[i] * weight / sqrt(mean(x[i]^2) + eps); out may be x. */
 EXPORT void rms_norm(const float *x, int64_t n, int64_t dim, int64_t x_stride, const float *weight,

@@ -105,7 +105,7 @@ class Controller:
         self._decoder = decoder
         self._lock = threading.Lock()
         # Time goes to operations first; attention's are at least as dear as others.
-        stiffness = (1e-2, 1e-3, 1e-2, 1e-2)
+        stiffness = (3e-2, 1e-3, 1e-2, 3e-2)
         self._full = Fit(stiffness, like={_ATTENTION: _FLOPS})
         self._blend = Fit(stiffness, like={_ATTENTION: _FLOPS})
         self._tiers: dict[str, _TierFit] = {}
