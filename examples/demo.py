@@ -78,8 +78,7 @@ def ask(engine: Engine, console: Console, question: str, expected: str) -> dict[
         answers[strategy] = answer
         console.print(f"  {strategy:10}  {answer.text.strip()}", markup=False, highlight=False)
     sources = ", ".join(
-        f"{source.title} ({source.score:.2f}, {source.tier})"
-        for source in answers["fast"].sources
+        f"{source.title} ({source.score:.2f}, {source.tier})" for source in answers["fast"].sources
     )
     console.print(f"  sources     {sources}\n", markup=False, highlight=False, style="dim")
     return answers

@@ -93,7 +93,8 @@ class Source:
     """A chunk of the prompt.
 
     document: None for passages. score: cosine similarity, None for passages. tier: where its KV
-    came from; "computed" if no tier had it, "none" if the strategy reads no blocks.
+    came from; "device" if the device held it, "computed" if no tier had it, "none" if the strategy
+    reads no blocks.
     """
 
     id: str

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import KernelsUnavailableError
+from .layers import LayerParts, LayersShape, NativeLayers, Product
 from .operations import INT8_GROUP, Int8Weights, Native
 
 __all__ = ["check"]
@@ -61,6 +64,37 @@ def check(native: Native) -> None:
     q, k, v = draw(6, 1, 13), draw(2, 300, 13), draw(2, 300, 13)
     weights = (q.view(2, 3, 13) @ k.transpose(1, 2) * 13**-0.5).softmax(-1)
     _agree("decode", native.decode_attention(q, [k], [v], [300]), (weights @ v).view(1, -1))
+
+    _check_layers(native, draw)
+
+
+def _check_layers(native: Native, draw: Callable[..., Tensor]) -> None:
+    """The first position of two layers: attention is the value of the row's own KV head."""
+    shape = LayersShape(
+        hidden=64, heads=4, kv_heads=2, head_dim=16, mlp=64, activation="silu",
+        norm_eps=1e-5, attention_scale=1.0, residual_scale=0.5,
+    )  # fmt: skip
+    parts, x = [], draw(1, 64)
+    expected = x.clone()
+    for _ in range(2):
+        outputs = {"q": 64, "k": 32, "v": 32, "output": 64, "gate": 64, "up": 64, "down": 64}
+        dense = {name: draw(count, 64) / 8 for name, count in outputs.items()}
+        biases, norms = {"v": draw(32)}, {"before_attention": draw(64), "after_mlp": draw(64)}
+        parts.append(
+            LayerParts(
+                {name: Product(w, biases.get(name)) for name, w in dense.items()}, norms, rope=0
+            )
+        )
+        row = F.rms_norm(expected, (64,), norms["before_attention"], 1e-5)
+        v = F.linear(row, dense["v"], biases["v"]).view(1, 2, 1, 16)
+        mixed = v.expand(1, 2, 2, 16).reshape(1, 64)
+        expected = expected + 0.5 * F.linear(mixed, dense["output"])
+        gated = F.silu(F.linear(expected, dense["gate"])) * F.linear(expected, dense["up"])
+        part = F.linear(gated, dense["down"])
+        expected = expected + 0.5 * F.rms_norm(part, (64,), norms["after_mlp"], 1e-5)
+    tables = draw(3, 16)
+    out = NativeLayers(native, shape, parts)(x, draw(2, 2, 2, 3, 16), 0, [(tables, tables)])
+    _agree("layers", out, expected)
 
 
 def _agree(what: str, got: Tensor, expected: Tensor) -> None:

@@ -114,7 +114,7 @@ class NativeLayers:
         Raises:
             ValueError: something does not fit together; nothing has been written then.
         """
-        s, capacity = self._shape, kv.shape[-2]
+        s, capacity = self._shape, kv.shape[3] if kv.ndim == 5 else 0
         expected = (len(self._layers), 2, s.kv_heads, capacity, s.head_dim)
         if not 0 <= position < capacity:
             raise ValueError(f"position {position} is not within a cache of {capacity}")

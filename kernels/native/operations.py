@@ -28,6 +28,8 @@ __all__ = ["Int8Weights", "Native"]
 LEAST_SHARED = 1 << 16
 #: Weights that share one scale in `Int8Weights`.
 INT8_GROUP = 64
+#: Rows that are rounded to int8 at a time.
+_INT8_ROWS = 4096
 
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -52,13 +54,20 @@ class Int8Weights:
         outputs, inputs = weight.shape
         if inputs % INT8_GROUP:
             raise ValueError(f"int8 weights need a multiple of {INT8_GROUP} inputs, got {inputs}")
-        groups = weight.float().view(outputs, -1, INT8_GROUP)
-        scales = groups.abs().amax(dim=-1) / 127
+        values = torch.empty(outputs, inputs, dtype=torch.int8)
+        scales = torch.empty(outputs, inputs // INT8_GROUP)
+        least = torch.finfo(torch.float32).tiny
+        # In parts, since each is widened.
+        parts = (torch.split(tensor, _INT8_ROWS) for tensor in (weight, values, scales))
+        for given, rounded, scale in zip(*parts, strict=True):
+            groups = given.float().view(*scale.shape, INT8_GROUP)
+            scale.copy_(groups.abs().amax(dim=-1) / 127)
+            # A group of zeros has scale 0 and stays zeros.
+            scaled = groups / scale.clamp(min=least)[..., None]
+            rounded.copy_(scaled.round_().view(rounded.shape))
         if not bool(scales.isfinite().all()):
             raise ValueError("int8 weights must be finite")
-        # A group of zeros has scale 0 and stays zeros.
-        values = (groups / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round_()
-        return cls(values.to(torch.int8).view(outputs, inputs), scales)
+        return cls(values, scales)
 
 
 class Native:

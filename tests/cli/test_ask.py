@@ -60,7 +60,7 @@ def test_every_generation_option_reaches_the_engine(kvrag, passages, monkeypatch
     result = kvrag(
         "ask", "Who?", "--k", 3, "--strategy", "reuse", "--ratio", 0.5, "--max-tokens", 7,
         "--temperature", 0.7, "--top-p", 0.9, "--top-k", 5, "--seed", 11, "--stop", "a",
-        "--stop", "b",
+        "--stop", "b", "--per-token",
     )  # fmt: skip
     assert result.code == 130
     assert seen == {
@@ -69,6 +69,7 @@ def test_every_generation_option_reaches_the_engine(kvrag, passages, monkeypatch
         "k": 3,
         "strategy": "reuse",
         "ratio": 0.5,
+        "per_token": True,
         "max_tokens": 7,
         "temperature": 0.7,
         "top_p": 0.9,

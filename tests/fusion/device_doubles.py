@@ -29,7 +29,9 @@ class LateCopies:
         self.lazy, self.fails_at = lazy, fails_at
         self.log, self.copies, self.behind, self.pinned = [], [], [], []
         self._queue = deque()
-        self._events, self._awaited = 0, -1
+        #: The last event that the computing waits for.
+        self.awaited = -1
+        self._events = 0
 
     # ---- what a copy stream does -------------------------------------------------------------
 
@@ -71,13 +73,13 @@ class LateCopies:
     def use(self, tensor):
         """The computing reads part of a copy."""
         number = self.number_of(tensor)
-        assert self._awaited >= self.behind[number], "used without waiting for the copy"
+        assert self.awaited >= self.behind[number], "used without waiting for the copy"
         self.log.append(("use", number))
         self.do(self.behind[number])
 
     def wait(self, event):
         self.log.append(("wait", event))
-        self._awaited = max(self._awaited, event)
+        self.awaited = max(self.awaited, event)
         if not self.lazy:
             self.do(event)
 

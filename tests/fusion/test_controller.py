@@ -31,6 +31,7 @@ from tests.fusion.machine import (
 )
 from tests.fusion.rooms import OTHER_PREFIX, Room
 from tests.models.tiny_models import token_ids
+from tests.store.doubles import in_threads
 
 CACHEBLEND = create("cacheblend")
 
@@ -306,6 +307,23 @@ def test_estimates_are_the_machines():
     assert estimates.tiers["disk"].nbytes == 4 * 7168 * KV_NBYTES
     assert 80e9 < estimates.blend_flops_per_s < 150e9
     assert 80e9 < estimates.full_flops_per_s < 150e9
+
+
+def test_requests_at_the_same_time_lose_no_measurement():
+    controller = trained(bytes_per_s=5e8).controller
+    before = controller.estimates
+
+    def work(index):
+        machine = Machine(controller, bytes_per_s=5e8)
+        for _ in range(20):
+            machine.ask(1024, CACHEBLEND)
+            assert controller.estimates.forecasts > 0
+
+    in_threads(4, work)
+    after = controller.estimates
+    assert after.forecasts == before.forecasts + 80
+    assert after.tiers["disk"].nbytes == before.tiers["disk"].nbytes + 80 * 1024 * KV_NBYTES
+    assert after.tiers["disk"].bytes_per_s == pytest.approx(5e8, rel=0.05)
 
 
 # ---- the cheapest tier ---------------------------------------------------------------------------

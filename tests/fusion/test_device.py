@@ -10,11 +10,12 @@ import torch
 
 from kvrag.fusion import create
 from kvrag.fusion.cacheblend import CacheBlend
-from kvrag.fusion.device import DeviceCache, DeviceCopies, DeviceLoading
+from kvrag.fusion.controller.plan import ChunkSource, make_plan
+from kvrag.fusion.device import DeviceCache, DeviceCopies, DeviceLoading, HeldChunks
 from kvrag.fusion.device.copy_stream import BlockingCopies, copy_stream
 from kvrag.fusion.reuse import Reuse
 from kvrag.models.layer import Layer
-from kvrag.prefill import Prefill
+from kvrag.prefill import DEVICE, Prefill
 from kvrag.prompting import PromptLayout
 from kvrag.store.keys import BlockKey
 from tests.fusion.device_doubles import FILL, LateCopies
@@ -349,6 +350,26 @@ def test_many_threads_stay_under_the_limit():
     assert stats.evictions == stats.admissions - stats.blocks > 0
 
 
+def test_who_leases_waits_for_copies_that_are_under_way():
+    """Admitted when its last copy was begun: another's computing must not overtake that."""
+    source, stream, cache = Layers(3, (5, 9)), LateCopies(lazy=True), DeviceCache(2**20)
+    device = DeviceLoading(stream, cache)
+    for reads in (source, Layers(3, ())):
+        # As for computing on a stream of its own.
+        stream.awaited = -1
+        held = HeldChunks(device, [key(1), key(2)], 2)
+        layers = held.layers(reads, [0, 0, 0])
+        for expected in source.layers:
+            layer = layers.next_layer()
+            if held.to_load == []:
+                for k, _ in layer:
+                    stream.use(k)
+                check_equal(layer, expected)
+        layers.close()
+        held.close()
+    assert held.to_load == []
+
+
 # ---- the cache in front of the store -------------------------------------------------------------
 
 
@@ -386,6 +407,20 @@ def test_some_chunks_held_and_some_missing(tiny):
     plain = Room(tiny("qwen3", "llama3"))
     expected = plain.run([*CHUNKS, CHUNKS[0]], CacheBlend(ratio=0.3))
     assert torch.equal(prefilled.logits, expected.logits)
+
+
+def test_the_controller_waits_for_nothing_that_is_held(tiny):
+    """A held chunk has no tier to wait for, and is not computed either."""
+    room = Room(tiny("llama"))
+    plans = [
+        make_plan(Reuse(), room.model.decoder, room.prompt(CHUNKS), sources)
+        for sources in (
+            [ChunkSource(DEVICE, ())] * 3,
+            [ChunkSource(DEVICE, ()), ChunkSource("disk", (9, 9, 9, 9)), None],
+        )
+    ]
+    assert [plan.tiers for plan in plans] == [frozenset(), {"disk"}]
+    assert plans[0].first.visits == 0 < plans[1].first.visits
 
 
 def test_fusion_leaves_held_kv_as_it_was(tiny):

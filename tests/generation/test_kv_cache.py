@@ -41,6 +41,22 @@ def test_shape_and_size(decoder):
     assert empty(decoder, 0).capacity == 1
 
 
+def test_layers_are_views_of_one_tensor(decoder):
+    """Also after it has grown."""
+    cache = empty(decoder, 10)
+    for capacity in (10, 15):
+        cache.reserve(capacity)
+        assert cache.kv.shape == (4, 2, 2, capacity, 16)
+        assert cache.kv.is_contiguous()
+        assert cache.nbytes == cache.kv.numel() * 8
+        cache.kv.copy_(torch.arange(cache.kv.numel()).view(cache.kv.shape))
+        for layer, (k, v) in enumerate(zip(cache.k, cache.v, strict=True)):
+            assert torch.equal(k, cache.kv[layer, 0])
+            assert torch.equal(v, cache.kv[layer, 1])
+        cache.k[3][1, 9, 15] = -1
+        assert cache.kv[3, 0, 1, 9, 15] == -1
+
+
 @settings(max_examples=30, deadline=None)
 @given(steps=st.lists(st.tuples(st.integers(1, 12), st.integers(0, 12)), max_size=6))
 def test_growing_and_truncating_change_nothing_else(decoder, steps):

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from kvrag.kernels import linear
+from kvrag.kernels.linear import row_major
+from kvrag.kernels.native import load
 
 needs_fbgemm = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines,
@@ -50,3 +52,30 @@ def test_weights_that_float16_cannot_hold_are_not_packed(value):
     x = numbers(2, 33, seed=1)
     product = linear(weight, None, torch.float32)(x)
     torch.testing.assert_close(product, x @ weight.float().t(), equal_nan=True)
+
+
+@pytest.mark.parametrize("outputs", [1, 96, 8193])
+@pytest.mark.parametrize("rows", [0, 1, 2, 5])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("natively", [False, True])
+def test_row_major_products(pytestconfig, outputs, rows, stored, natively):
+    native = load(pytestconfig.cache.mkdir("kvrag-kernels")) if natively else None
+    if natively and native is None:
+        pytest.skip("native code cannot be compiled here")
+    weight, x = numbers(outputs, 33, dtype=stored), numbers(rows, 33, seed=1)
+    product = row_major(weight, torch.float32, native)(x)
+    assert product.dtype is torch.float32
+    exact = x.double() @ weight.double().t()
+    torch.testing.assert_close(product.double(), exact, atol=1e-5, rtol=1e-5)
+
+
+def test_native_code_keeps_no_copy_of_a_row_major_weight(pytestconfig):
+    """Packing the head of a large vocabulary takes as much memory again as the embedding."""
+    native = load(pytestconfig.cache.mkdir("kvrag-kernels"))
+    if native is None:
+        pytest.skip("native code cannot be compiled here")
+    weight, x = numbers(96, 33, dtype=torch.bfloat16), numbers(2, 33, seed=1)
+    product = row_major(weight, torch.float32, native)
+    weight.zero_()
+    assert not product(x).any()
+    assert not product(x[:1]).any()
