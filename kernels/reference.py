@@ -35,6 +35,9 @@ def attention(
 ) -> Tensor:
     """See `Attention`; here with a dense mask over all rows and keys."""
     weights = _weights(q, k, positions, scale, window)
+    # What no row sees may be undefined, and 0 × NaN would not be 0.
+    unseen = (weights == 0).all(dim=1).all(dim=0)
+    v = v.masked_fill(unseen[None, :, None], 0)
     mixed: Tensor = weights @ v.repeat_interleave(q.shape[0] // v.shape[0], dim=0)
     return mixed.transpose(0, 1).flatten(1)
 

@@ -51,11 +51,12 @@ class Spans:
 class Control:
     """What the controller decided before a prompt ran, and what it foresaw.
 
-    ratio: of the strategy that ran. Predictions are seconds, None while something that they need
-    was never measured. error: |predicted - actual| / actual of the time to the first token.
+    ratio: of the strategy that ran, None where it means nothing. Predictions are seconds, None
+    while something that they need was never measured. error: |predicted - actual| / actual of the
+    time to the first token.
     """
 
-    ratio: float
+    ratio: float | None
     reason: Reason
     predicted_ttft_s: float | None
     predicted_stall_s: float | None

@@ -25,7 +25,7 @@ from kvrag.blending import Blending
 from kvrag.blocks import ChunkBlocks
 from kvrag.config import Settings
 from kvrag.corpus import Corpus
-from kvrag.errors import ClosedError, InputError, SettingsError
+from kvrag.errors import ClosedError, InputError, PromptTooLongError, SettingsError
 from kvrag.fusion import FusionStrategy, Prompt, create
 from kvrag.fusion.controller import Controller
 from kvrag.fusion.device import DeviceCache, DeviceLoading
@@ -260,6 +260,19 @@ class Engine:
     ) -> Prefilled:
         """`prefill` of a prompt whose token ids are given; its chunks count as passages."""
         self._check_open()
+        vocab = self.model.decoder.config.vocab_size
+        if not all(0 <= token_id < vocab for token_id in prompt.token_ids):
+            raise InputError(
+                f"the prompt has ids that are no tokens; they go from 0 to {vocab - 1}"
+            )
+        room = self.model.decoder.config.max_positions
+        if prompt.length + new_tokens > room:
+            raise PromptTooLongError(
+                f"the prompt takes {prompt.length} tokens and the answer up to {new_tokens}; the "
+                f"model's context holds {room}"
+            )
+        # Whether stored KV of the first chunk is exact is no matter of opinion.
+        prompt = replace(prompt, prefix_match=prompt.prefix_ids == self._layout.prefix_ids)
         prefill, fitted = self._passages_prefill(), Fitted(prompt, (), ())
         context = Context(prefill, fitted, begun=time.perf_counter(), retrieve_s=0.0)
         return self._filled(context, self._strategy(strategy, None), new_tokens)

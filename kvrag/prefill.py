@@ -18,7 +18,7 @@ from kvrag.fusion.base import FusionReport, FusionStrategy, LayerStream, fuse
 from kvrag.fusion.controller import ChunkSource, Controller, Decision
 from kvrag.fusion.device import DeviceLoading, HeldChunks
 from kvrag.fusion.prompt import Prompt
-from kvrag.fusion.stream import BlockStream, LayerKV, TierRead
+from kvrag.fusion.stream import BlockStream, LayerKV, LoadingCancelled, TierRead
 from kvrag.generation.kv_cache import KVCache
 from kvrag.generation.prefix_cache import PrefixCache
 from kvrag.models.source import Model
@@ -209,7 +209,9 @@ class _Run:
             tiers = held.spread(loaded_from, DEVICE)
         # Loading begins here, beside all that is computed below.
         first_to_load = held.first_to_load(first_chunks)
-        stream = BlockStream(readers, self._blocks.codec, self._recompute, first_to_load)
+        stream = BlockStream(
+            readers, self._blocks.codec, self._recompute, first_to_load, cancelled=cancelled
+        )
         layers: LayerStream = stream
         try:
             layers = held.layers(stream, first_chunks)
@@ -223,6 +225,8 @@ class _Run:
             started, waited_s = time.perf_counter(), stream.stall_s
             fused = fuse(self._strategy.start(decoder, prompt, layers, cache), cancelled)
             ended = time.perf_counter()
+        except LoadingCancelled:
+            return None
         finally:
             layers.close()
             if aside is not None:
@@ -347,7 +351,7 @@ def _control(decision: Decision, before_s: float) -> Control:
     """`before_s`: seconds from the run's begin to the decision."""
     seconds = decision.predicted_s
     return Control(
-        ratio=decision.strategy.ratio,
+        ratio=decision.strategy.ratio if decision.strategy.tunable else None,
         reason=decision.reason,
         predicted_ttft_s=None if seconds is None else before_s + seconds,
         predicted_stall_s=decision.predicted_stall_s,

@@ -203,7 +203,9 @@ def _trace_rows(report: Report, new_tokens: int, finish_reason: str) -> list[tup
 
 def _ratio(report: Report) -> str:
     control = report.control
-    return "" if control is None else f"{control.ratio:g} ({control.reason})"
+    if control is None:
+        return ""
+    return f"{'no ratio' if control.ratio is None else f'{control.ratio:g}'} ({control.reason})"
 
 
 def _foreseen(report: Report) -> str:

@@ -203,8 +203,9 @@ def _options(strategy: type[FusionStrategy], given: str) -> dict[str, Any]:
 
 def whole(name: str, value: object, low: int) -> None:
     """Check an option that must be a whole number. Raises InputError."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise InputError(f"{name} is {value!r}; it must be a whole number of {low} or more")
+    fits = isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**63
+    if not fits:
+        raise InputError(f"{name} is {value!r:.40}; it must be a whole number of {low} or more")
 
 
 def one_of(name: str, value: object, allowed: Sequence[str]) -> None:

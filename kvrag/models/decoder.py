@@ -24,7 +24,7 @@ from kvrag.kernels import (
     linear,
 )
 from kvrag.kernels.linear import OneRow, row_major
-from kvrag.kernels.native import LayerParts, Native, NativeLayers, load
+from kvrag.kernels.native import Int8Weights, LayerParts, Native, NativeLayers, load
 from kvrag.models.config import LayerConfig, ModelConfig
 from kvrag.models.layer import Layer
 from kvrag.models.native_steps import int8_or_stored, layer_parts, native_layers
@@ -124,8 +124,9 @@ class Decoder:
         if native is not None:
             stepping = self._stepping or self
             stepping._native_layers = native_layers(native, config, native_parts)
-            if int8_decoding:
-                stepping._head = OneRow(native, int8_or_stored(head), self._head)
+            rounded = int8_or_stored(head) if int8_decoding else None
+            if isinstance(rounded, Int8Weights):
+                stepping._head = OneRow(native, rounded, self._head)
         elif self._stepping is not None and bags is not None:
             self._stepping.layers = bag_layers
             self._stepping._head = bags.linear(head, None, self._head)

@@ -215,7 +215,7 @@ class ControlBody(_Reply):
     Predictions are null while something that they need was never measured.
     """
 
-    ratio: float = Field(description="Of the strategy that ran.")
+    ratio: float | None = Field(description="Of the strategy that ran; null where it has none.")
     reason: Reason
     predicted_ttft_s: float | None
     predicted_stall_s: float | None

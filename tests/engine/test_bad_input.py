@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -193,3 +194,17 @@ def test_home_with_a_damaged_secret(tiny, tmp_path):
     with pytest.raises(StoreError, match="secret"):
         open_engine(tiny("llama"), home)
     assert (home / "key.secret").read_bytes() == b"short"
+
+
+def test_a_prompt_of_ids_is_checked(engine):
+    """`fill` takes ids as they are, but not ids that are no tokens, nor a false promise."""
+    prompt = engine.prompt(QUESTION, ["Anna keeps the lamp. " * 4, "The ferry is red. " * 4])
+    vocab = engine.model.decoder.config.vocab_size
+    for token_id in (-1, vocab):
+        wrong = replace(prompt, question_ids=(*prompt.question_ids, token_id))
+        check(lambda wrong=wrong: engine.fill(wrong, new_tokens=1), "ids that are no tokens")
+    room = engine.model.decoder.config.max_positions
+    check(lambda: engine.fill(prompt, new_tokens=room), "context holds")
+    foreign = replace(prompt, prefix_ids=prompt.prefix_ids[::-1], prefix_match=True)
+    filled = engine.fill(foreign, new_tokens=1, strategy="reuse")
+    assert not filled.prompt.prefix_match

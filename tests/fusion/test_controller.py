@@ -212,6 +212,15 @@ def test_rows_that_loading_would_not_hide_are_not_added():
     assert (decision.reason, decision.strategy) == ("quality", create("fast"))
 
 
+def test_options_of_one_request_never_reach_another():
+    """A raised ratio is held for the like alone."""
+    machine = trained(bytes_per_s=3e7)
+    other = create("cacheblend:deviation=k")
+    raised = [machine.ask(2048, strategy)[0] for strategy in (CACHEBLEND, other) * 2]
+    assert {d.reason for d in raised} == {"load"}
+    assert [d.strategy.deviation for d in raised] == ["v", "k", "v", "k"]
+
+
 @pytest.mark.parametrize("name", ["reuse", "epic", "full", "cacheblend"])
 def test_what_is_fixed_stays(name):
     strategy = create(name)

@@ -131,6 +131,7 @@ def test_options_behind_a_name():
         ("epic:rows=4", "no option 'rows'; it has ratio"),
         ("epic:tokens=many", "must be like 2"),
         ("epic:tokens=-1", "whole number of 0 or more"),
+        (f"random:seed={2**70}", "whole number of 0 or more"),
         ("cacheblend:deviation=q", "one of v, k, kv"),
         ("fast:ratio=2", "between 0 and 1"),
         ("fast:ratio=nan", "between 0 and 1"),

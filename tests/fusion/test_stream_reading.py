@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 
-from kvrag.fusion.stream import BlockStream, IoThreads, TierRead
+from kvrag.fusion.stream import BlockStream, IoThreads, LoadingCancelled, TierRead
 from kvrag.fusion.stream.chunk_reads import ChunkReads
 from kvrag.fusion.stream.read_times import ReadTimes
 from kvrag.store.codecs import codec
@@ -388,6 +388,20 @@ def test_cancelled_while_reads_are_blocked(stepped):
     assert bench.store.stats().open_blocks == 0
 
 
+def test_a_cancelled_request_does_not_wait_for_a_tier_that_hangs(stepped):
+    gate = stepped.gates[0, 1] = threading.Event()
+    asked = threading.Event()
+    bench = Bench(stepped=(stepped, [0]))
+    stream = bench.stream([0], cancelled=asked.is_set)
+    stream.next_layer()
+    assert stepped.waiting.wait(TIMEOUT_S)
+    threading.Timer(0.05, asked.set).start()
+    with pytest.raises(LoadingCancelled):
+        stream.next_layer()
+    stream.close()
+    gate.set()
+
+
 def test_closed_while_the_caller_waits(stepped):
     gate = stepped.gates[0, 0] = threading.Event()
     bench = Bench(stepped=(stepped, [0]))
@@ -543,6 +557,21 @@ def test_threads_that_cannot_start_are_an_error(monkeypatch):
     done = threading.Event()
     threads.submit("disk", [done.set])
     assert done.wait(TIMEOUT_S)
+
+
+def test_a_thread_that_does_not_start_loses_no_work_of_others(monkeypatch):
+    threads = IoThreads()
+    done = []
+
+    def refuse(self):
+        # Another request's work has come while this thread was to start, and counts on it.
+        threads._lanes["disk"].work.append(lambda: done.append("other"))
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start"):
+        threads.submit("disk", [pytest.fail])
+    assert done == ["other"]
 
 
 def test_work_that_raises_ends_no_thread(caplog):

@@ -75,7 +75,7 @@ def test_steps_of_other_stored_dtypes(tiny, kernels_dir, family, rope, dtype):
 
 
 def test_several_rows_and_one_have_the_same_head(tiny, kernels_dir):
-    """The head of one row reads the weight as it is stored, that of several widens it."""
+    """The head of one row reads the weight as it is stored, that of several packs it."""
     decoder = open_decoder(tiny("qwen2"), torch.bfloat16, kernels_dir=kernels_dir)
     rows = torch.randn(5, 32)
     each = torch.cat([decoder.logits(row[None]) for row in rows])
@@ -128,12 +128,13 @@ def test_int8_steps_round_and_nothing_else_does(wide, kernels_dir):
     assert 1e-5 < kl.mean() < 1e-2
 
 
-def test_what_int8_cannot_hold_stays_as_it_is(tiny, kernels_dir):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_int8_cannot_hold_stays_as_it_is(tiny, kernels_dir, dtype):
     """Inputs that groups do not divide: the same bits as without."""
     folder = tiny("llama")
     options = {"kernels_dir": kernels_dir}
-    int8 = open_decoder(folder, torch.bfloat16, int8_decoding=True, **options)
-    plain = open_decoder(folder, torch.bfloat16, **options)
+    int8 = open_decoder(folder, dtype, int8_decoding=True, **options)
+    plain = open_decoder(folder, dtype, **options)
     assert torch.equal(stepped(int8)[0], stepped(plain)[0])
 
 

@@ -44,8 +44,13 @@ SLACK = 1.05
 STEP = 0.05
 #: Every so many requests that do not load, one reads beside its computing, to see the tier again.
 PROBE_EVERY = 4
+#: Kinds of requests that decisions are remembered of.
+MOST_KEYS = 512
 #: Share of the newest forecast's error in the mean.
 GAIN = 0.2
+
+#: A kind of request: the strategy without its ratio, the tiers, the bits of the context's tokens.
+_Key = tuple[FusionStrategy, frozenset[str], int]
 
 #: Places of `Work`'s numbers.
 _FLOPS, _ATTENTION, _PLACED = 1, 2, 3
@@ -109,8 +114,8 @@ class Controller:
         self._full = Fit(stiffness, like={_ATTENTION: _FLOPS})
         self._blend = Fit(stiffness, like={_ATTENTION: _FLOPS})
         self._tiers: dict[str, _TierFit] = {}
-        self._held: dict[tuple[str, frozenset[str]], FusionStrategy] = {}
-        self._unread: dict[tuple[str, frozenset[str]], int] = {}
+        self._held: dict[_Key, FusionStrategy] = {}
+        self._unread: dict[_Key, int] = {}
         self._ttft_error, self._stall_error = _Mean(), _Mean()
         self._raised = self._fulls = 0
 
@@ -137,7 +142,11 @@ class Controller:
                 return _decision(strategy, "fixed", plan, own)
             if plan is None or own is None or not self._may_change(plan, own):
                 return _decision(strategy, "quality", plan, own)
-            key = strategy.name, plan.tiers
+            # What was done for others counts for the like alone: options, tiers and about the size.
+            key = replace(strategy, ratio=0.0), plan.tiers, prompt.context_tokens.bit_length()
+            if len(self._held) + len(self._unread) > MOST_KEYS:
+                self._held.clear()
+                self._unread.clear()
             if (full := self._instead(prompt, own, key)) is not None:
                 return full
             raised = self._raise(prompt, strategy, sources, own)
@@ -159,9 +168,7 @@ class Controller:
         # Chunks that are computed anyway are stored, which full prefill would not do.
         return known and waits and not plan.first.visits
 
-    def _instead(
-        self, prompt: Prompt, own: Forecast, key: tuple[str, frozenset[str]]
-    ) -> Decision | None:
+    def _instead(self, prompt: Prompt, own: Forecast, key: _Key) -> Decision | None:
         """Full prefill, if that is faster than loading."""
         full = Full()
         plan = make_plan(full, self._decoder, prompt, ())

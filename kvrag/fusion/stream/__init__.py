@@ -1,8 +1,8 @@
 """Stored KV on its way into a run: layers read ahead of computing, several chunks at a time."""
 
-from kvrag.fusion.stream.block_stream import BlockStream
+from kvrag.fusion.stream.block_stream import BlockStream, LoadingCancelled
 from kvrag.fusion.stream.chunk_reads import LayerKV
 from kvrag.fusion.stream.io_threads import IoThreads
 from kvrag.fusion.stream.read_times import TierRead
 
-__all__ = ["BlockStream", "IoThreads", "LayerKV", "TierRead"]
+__all__ = ["BlockStream", "IoThreads", "LayerKV", "LoadingCancelled", "TierRead"]

@@ -24,13 +24,19 @@ from kvrag.store.errors import StoreError
 from kvrag.store.header import BlockHeader
 from kvrag.store.tiered import BlockReader
 
-__all__ = ["BlockStream"]
+__all__ = ["BlockStream", "LoadingCancelled"]
 
 #: Most bytes of decoded layers that wait for a request: 20 layers of 4,096 tokens of a model with
 #: 3 KV heads of 64, 4 of one with 8 of 128.
 AHEAD_BYTES = 64 * 2**20
 #: Most layers a read. Larger groups read no faster (docs/benchmarks.md).
 LARGEST_GROUP = 8
+#: Seconds between two looks whether a request that waits for a tier was cancelled.
+_ASK_S = 0.1
+
+
+class LoadingCancelled(Exception):
+    """The request was cancelled while it waited for a layer."""
 
 
 class BlockStream:
@@ -45,6 +51,7 @@ class BlockStream:
         ahead_bytes: most bytes of decoded layers that are ready or being read before they are asked
             for; one layer is always allowed.
         threads: where reading runs; default: the process's, four threads a tier.
+        cancelled: asked while `next_layer` waits, which raises `LoadingCancelled` when it is true.
 
     Loading begins at once. `stall_s` is how long the caller waited, in seconds; reading the first
     layer of what lies in memory, which its thread does, is part of that.
@@ -59,7 +66,9 @@ class BlockStream:
         *,
         ahead_bytes: int = AHEAD_BYTES,
         threads: IoThreads | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._cancelled = cancelled
         self._codec, self._recompute, self._first_chunks = codec, recompute, first_chunks
         self._count = len(readers)
         self._chunks = {
@@ -88,6 +97,9 @@ class BlockStream:
             self._read_on(at_once=True)
             self._waiting = False
             self.stall_s = time.perf_counter() - begun
+            if not all(chunk.reader.in_memory for chunk in self._chunks.values()):
+                # A first layer that had come before this found the caller still waiting.
+                self._read_on()
         except BaseException:
             self.close()
             raise
@@ -154,7 +166,10 @@ class BlockStream:
         begun = time.perf_counter()
         with self._changed:
             self._waiting = True
-            self._changed.wait_for(self._settled)
+            while not self._changed.wait_for(self._settled, timeout=_ASK_S):
+                if self._cancelled():
+                    self._waiting = False
+                    raise LoadingCancelled
             self._waiting = False
             self.stall_s += time.perf_counter() - begun
             if self._error is not None:

@@ -63,7 +63,14 @@ class IoThreads:
             with self._lock:
                 if lane.threads:
                     return  # they will come to it
+                for mine in work:
+                    with contextlib.suppress(ValueError):
+                        lane.work.remove(mine)
+                # Others counted on the thread that did not come.
+                orphans = list(lane.work)
                 lane.work.clear()
+            for orphan in orphans:
+                orphan()
             raise
 
     def _grow(self, lane: _Lane, width: int) -> None:
