@@ -473,7 +473,11 @@ class Engine:
             if ratio is not None:
                 raise InputError(f"ratio is given, but the strategy has its own: {strategy!r}")
             return strategy
-        return create(_first(strategy, self.settings.strategy), _first(ratio, self.settings.ratio))
+        name = _first(strategy, self.settings.strategy)
+        # A ratio among the strategy's own options is nearer to the request than the setting.
+        if ratio is None and not (isinstance(name, str) and "ratio=" in name):
+            ratio = self.settings.ratio
+        return create(name, ratio)
 
     def _adapts(self, strategy: str | FusionStrategy | None, ratio: float | None) -> bool:
         """Whether nobody has fixed the ratio."""

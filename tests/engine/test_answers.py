@@ -455,3 +455,10 @@ def test_close_twice_and_use_after_close(tiny, tmp_path):
     for call in calls:
         with pytest.raises(ClosedError, match="closed"):
             call()
+
+
+def test_a_ratio_among_the_strategys_options_is_stronger_than_the_setting(tmp_path, tiny):
+    with open_engine(tiny("llama"), tmp_path, ratio=0.5) as engine:
+        named = ask(engine, strategy="cacheblend:ratio=0.25")
+        default = ask(engine, strategy="cacheblend")
+    assert (named.report.control.ratio, default.report.control.ratio) == (0.25, 0.5)
