@@ -475,7 +475,7 @@ class Engine:
             return strategy
         name = _first(strategy, self.settings.strategy)
         # A ratio among the strategy's own options is nearer to the request than the setting.
-        if ratio is None and not (isinstance(name, str) and "ratio=" in name):
+        if ratio is None and not _names_ratio(name):
             ratio = self.settings.ratio
         return create(name, ratio)
 
@@ -484,7 +484,8 @@ class Engine:
         settings = self.settings
         name = _first(strategy, settings.strategy)
         given = ratio is not None or settings.ratio is not None
-        return settings.controller and not given and isinstance(name, str) and "ratio=" not in name
+        by_name = isinstance(name, str) and not _names_ratio(name)
+        return settings.controller and not given and by_name
 
     def _job(self) -> PrecomputeJob:
         self._check_open()
@@ -571,6 +572,11 @@ class Engine:
                 f"between 0 and {vocab - 1}"
             )
         return token_ids
+
+
+def _names_ratio(strategy: object) -> bool:
+    """Whether a strategy's name brings a ratio among its options."""
+    return isinstance(strategy, str) and "ratio=" in strategy
 
 
 def _first(given: T | None, otherwise: T) -> T:

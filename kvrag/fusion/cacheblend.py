@@ -59,9 +59,6 @@ class CacheBlend(LayerwiseStrategy):
         LayerwiseStrategy.__post_init__(self)
         one_of("deviation", self.deviation, ("v", "k", "kv"))
 
-    def candidates(self, prompt: Prompt) -> range:
-        return prompt.repairable if self.ratio > 0 else range(0)
-
     def expected_rows(self, prompt: Prompt, layer: int, num_layers: int) -> float:
         candidates = len(self.candidates(prompt))
         if layer < CHECK_LAYER:

@@ -21,9 +21,6 @@ __all__ = ["NearestRows", "RandomRows"]
 class _Control(LayerwiseStrategy):
     """`ratio` of the context rows, chosen before anything is known of them."""
 
-    def candidates(self, prompt: Prompt) -> range:
-        return prompt.repairable if self.ratio > 0 else range(0)
-
     def begin(self, prompt: Prompt, candidates: range, attention: Tensor) -> Choice:
         scores = self.scores(len(candidates)).to(attention.device)
         return best(scores, share(self.ratio, len(candidates)))

@@ -27,9 +27,6 @@ class Dhd(LayerwiseStrategy):
     name: ClassVar[str] = "dhd"
     tunable: ClassVar[bool] = True
 
-    def candidates(self, prompt: Prompt) -> range:
-        return prompt.repairable if self.ratio > 0 else range(0)
-
     def expected_rows(self, prompt: Prompt, layer: int, num_layers: int) -> float:
         candidates = len(self.candidates(prompt))
         return candidates if layer < CHECK_LAYER else share(self.ratio, candidates)

@@ -43,9 +43,6 @@ class Epic(LayerwiseStrategy):
         LayerwiseStrategy.__post_init__(self)
         whole("tokens", self.tokens, 0)
 
-    def candidates(self, prompt: Prompt) -> range:
-        return prompt.repairable if self.ratio > 0 else range(0)
-
     def expected_rows(self, prompt: Prompt, layer: int, num_layers: int) -> float:
         candidates = self.candidates(prompt)
         if self.ratio == 1:

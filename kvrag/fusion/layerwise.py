@@ -22,7 +22,6 @@ pass over the rows finds these layers in the cache already.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,9 +87,9 @@ class LayerwiseStrategy(FusionStrategy):
     #: between fresh and stored of those that are.
     drift: ClassVar[float] = 0.0
 
-    @abstractmethod
     def candidates(self, prompt: Prompt) -> range:
-        """Positions of the context rows that may be computed."""
+        """Positions of the context rows that may be computed: those that may need repair."""
+        return prompt.repairable if self.ratio > 0 else range(0)
 
     def question_layers(self, decoder: Decoder, prompt: Prompt) -> Sequence[int]:
         """Layers, ascending, in which to sum the question's attention before any row begins."""
@@ -209,8 +208,9 @@ class LayerwiseRun(FusionRun):
     def _begin(self) -> None:
         """The rows that the strategy wants, at the first layer."""
         candidates, device = self._candidates, self._decoder.device
-        asked = self._attention or [torch.empty(0, len(candidates), device=device)]
-        attention = torch.stack(self._attention) if self._attention else asked[0]
+        attention = torch.empty(0, len(candidates), device=device)
+        if self._attention:
+            attention = torch.stack(self._attention)
         rows = torch.arange(candidates.start, candidates.stop, device=device)
         choice = self._strategy.begin(self._prompt, candidates, attention) if candidates else None
         self._given: Tensor | None = None

@@ -74,9 +74,6 @@ class QueryAttention(LayerwiseStrategy):
         LayerwiseStrategy.__post_init__(self)
         whole("window", self.window, 0)
 
-    def candidates(self, prompt: Prompt) -> range:
-        return prompt.repairable if self.ratio > 0 else range(0)
-
     def question_layers(self, decoder: Decoder, prompt: Prompt) -> Sequence[int]:
         return global_layers(decoder, prompt)
 

@@ -54,9 +54,6 @@ class QuestionBlend(LayerwiseStrategy):
         LayerwiseStrategy.__post_init__(self)
         whole("most_rows", self.most_rows, 0)
 
-    def candidates(self, prompt: Prompt) -> range:
-        return prompt.repairable if self.ratio > 0 else range(0)
-
     def question_layers(self, decoder: Decoder, prompt: Prompt) -> Sequence[int]:
         if self.ratio == 1:
             return ()
