@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .native import Native
 
 __all__ = [
     "Activation",
@@ -191,6 +194,7 @@ class Kernels:
     """One implementation of everything, chosen when a model is opened.
 
     name: torch, cpu, native (cpu with native code) or triton.
+    native: the native code itself, for what is beyond these signatures; None without.
     """
 
     name: str
@@ -201,3 +205,4 @@ class Kernels:
     deviation: Deviation
     rms_norm: RmsNorm
     gated: Gated
+    native: Native | None = None

@@ -91,6 +91,15 @@ class Settings(BaseSettings):
     instruction: str = Field(
         DEFAULT_INSTRUCTION, min_length=1, description="System text in front of the passages."
     )
+    corpus_context: str | None = Field(
+        None,
+        description="Passages, an empty line between them, that chunks are computed behind, since "
+        "they will stand among some; None is kvrag's own, '' is none. No prompt shows them.",
+    )
+    first_blocks: bool = Field(
+        True,
+        description="Whether a corpus's chunks are stored a second time, as a prompt's first.",
+    )
     embedder: str = Field(
         "minilm", description="Packaged embedder or sentence-transformers folder."
     )

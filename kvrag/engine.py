@@ -16,13 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any, Self, TypeVar
 
 import torch
 
 from kvrag.answer import Answer
 from kvrag.blending import Blending
-from kvrag.blocks import ChunkBlocks
+from kvrag.blocks import DEFAULT_CONTEXT, ChunkBlocks, PlacedBlocks, context_ids
 from kvrag.config import Settings
 from kvrag.corpus import Corpus
 from kvrag.errors import ClosedError, InputError, PromptTooLongError, SettingsError
@@ -56,8 +57,8 @@ __all__ = ["Engine"]
 
 T = TypeVar("T")
 
-#: Catalog setting that holds the system text a corpus's chunks are computed behind.
-_CORPUS_INSTRUCTION = "corpus_instruction"
+#: Catalog settings that hold what a corpus's chunks are computed behind: the system text, passages.
+_CORPUS_INSTRUCTION, _CORPUS_CONTEXT = "corpus_instruction", "corpus_context"
 
 
 class Engine:
@@ -111,7 +112,7 @@ class Engine:
             ]
         )
         self._lock = threading.RLock()
-        self._corpus: tuple[Corpus, ChunkBlocks, KVRetriever] | None = None
+        self._corpus: tuple[Corpus, PlacedBlocks, KVRetriever] | None = None
         self._closed = False
         try:
             self._catalog = Catalog.open(home / "catalog.sqlite")
@@ -271,8 +272,6 @@ class Engine:
                 f"the prompt takes {prompt.length} tokens and the answer up to {new_tokens}; the "
                 f"model's context holds {room}"
             )
-        # Whether stored KV of the first chunk is exact is no matter of opinion.
-        prompt = replace(prompt, prefix_match=prompt.prefix_ids == self._layout.prefix_ids)
         prefill, fitted = self._passages_prefill(), Fitted(prompt, (), ())
         context = Context(prefill, fitted, begun=time.perf_counter(), retrieve_s=0.0)
         return self._filled(context, self._strategy(strategy, None), new_tokens)
@@ -435,7 +434,27 @@ class Engine:
             return stored
         return self._catalog.set_setting(namespace, name, make(), overwrite=False)
 
-    def _blocks(self, prefix_ids: Sequence[int]) -> ChunkBlocks:
+    @property
+    def _context_text(self) -> str:
+        given = self.settings.corpus_context
+        return DEFAULT_CONTEXT if given is None else given
+
+    def _new_context(self, instruction: str | None) -> str:
+        """What a corpus is computed behind for which nobody said yet.
+
+        One that has its `instruction` was made when no context was known, and goes on without.
+        """
+        return self._context_text if instruction is None else ""
+
+    def _blocks(self, prefix_ids: Sequence[int], context: str) -> PlacedBlocks:
+        """Blocks of chunks as a prompt's first, and behind `context`."""
+        first = self._blocks_behind(prefix_ids)
+        tokenizer, positions = self.model.tokenizer, self.model.decoder.config.max_positions
+        passages = context_ids(context, tokenizer, positions)
+        later = self._blocks_behind((*prefix_ids, *passages)) if passages else first
+        return PlacedBlocks(first, later, self.store.locate)
+
+    def _blocks_behind(self, prefix_ids: Sequence[int]) -> ChunkBlocks:
         return ChunkBlocks(
             self.model,
             self.store,
@@ -446,13 +465,16 @@ class Engine:
             prefix_ids=prefix_ids,
         )
 
-    def _open_corpus(self) -> tuple[Corpus, ChunkBlocks, KVRetriever]:
+    def _open_corpus(self) -> tuple[Corpus, PlacedBlocks, KVRetriever]:
         self._check_open()
         with self._lock:
             if self._corpus is None:
                 settings = self.settings
                 # Until documents are added, no instruction is the corpus's own.
                 instruction = self._catalog.setting(settings.namespace, _CORPUS_INSTRUCTION)
+                context = self._catalog.setting(settings.namespace, _CORPUS_CONTEXT)
+                if context is None:
+                    context = self._new_context(instruction)
                 layout = self._fixed_layout(instruction or settings.instruction)
                 corpus = Corpus(
                     self._catalog,
@@ -462,7 +484,7 @@ class Engine:
                     embedder=settings.embedder,
                     chunk_tokens=settings.chunk_tokens,
                 )
-                blocks = self._blocks(layout.prefix_ids)
+                blocks = self._blocks(layout.prefix_ids, context)
                 self._corpus = (corpus, blocks, KVRetriever(corpus, blocks, self.store.locate))
             return self._corpus
 
@@ -490,16 +512,19 @@ class Engine:
     def _job(self) -> PrecomputeJob:
         self._check_open()
         # The corpus prefix is fixed by whoever makes the corpus.
+        made_with = self._catalog.setting(self.settings.namespace, _CORPUS_INSTRUCTION)
+        context = self._first_setting(_CORPUS_CONTEXT, lambda: self._new_context(made_with))
         instruction = self._first_setting(_CORPUS_INSTRUCTION, lambda: self.settings.instruction)
-        prefix_ids = self._fixed_layout(instruction).prefix_ids
+        made = self._blocks(self._fixed_layout(instruction).prefix_ids, context)
         corpus, blocks, retriever = self._open_corpus()
-        if blocks.prefix_ids != prefix_ids:
+        if made.prefixes != blocks.prefixes:
             # Another process made the corpus while this one had it open, empty.
-            blocks = self._blocks(prefix_ids)
+            blocks = made
             with self._lock:
                 self._corpus = (corpus, blocks, KVRetriever(corpus, blocks, self.store.locate))
             retriever.close()
-        return PrecomputeJob(corpus, blocks, self._references, self.store.holds_durably)
+        kinds = partial(blocks.kinds, first=self.settings.first_blocks)
+        return PrecomputeJob(corpus, kinds, self._references, self.store.holds_durably)
 
     def _context(
         self,
@@ -525,22 +550,30 @@ class Engine:
         found = self.retrieve(question, k=k)
         retrieved = time.perf_counter()
         _, blocks, _ = self._open_corpus()
-        self._references.add_for_query(
-            ((item.handle.key, int(item.chunk.id)) for item in found), blocks.scope
-        )
         prefill = self._prefill(blocks)
         fitted = prefill.fit(question, [item.chunk for item in found], new_tokens)
+        # Not the handles': a chunk may be alone because the others do not fit.
+        chosen = blocks.choose([chunk.token_ids for chunk in fitted.chunks])
+        self._references.add_for_query(
+            (kind.key(chunk.token_ids), int(chunk.id), kind.scope)
+            for kind, chunk in zip(chosen, fitted.chunks, strict=True)
+        )
         retrieve_s = retrieved - begun
         return Context(prefill, fitted, begun=retrieved, retrieve_s=retrieve_s, adapt=adapt)
 
     def _passages_prefill(self, corpus_prefix: str | None = None) -> Prefill:
-        prefix_ids = self._layout.prefix_ids
-        if corpus_prefix is not None:
-            tokenizer = self.model.tokenizer
-            prefix_ids = (*tokenizer.bos_ids, *tokenizer.encode(corpus_prefix))
-        return self._prefill(self._blocks(prefix_ids))
+        if corpus_prefix is None:
+            return self._prefill(self._passage_blocks)
+        tokenizer = self.model.tokenizer
+        prefix_ids = (*tokenizer.bos_ids, *tokenizer.encode(corpus_prefix))
+        return self._prefill(self._blocks(prefix_ids, self._context_text))
 
-    def _prefill(self, blocks: ChunkBlocks) -> Prefill:
+    @cached_property
+    def _passage_blocks(self) -> PlacedBlocks:
+        """Blocks behind the prompt's own prefix; to encode their context each time takes long."""
+        return self._blocks(self._layout.prefix_ids, self._context_text)
+
+    def _prefill(self, blocks: PlacedBlocks) -> Prefill:
         return Prefill(
             self.model, self._layout, blocks, self._prefixes, self.controller, self._on_device
         )

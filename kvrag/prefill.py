@@ -6,15 +6,15 @@ import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from kvrag.answer import Control, TokenCounts, TokenReport
-from kvrag.blocks import ChunkBlocks
+from kvrag.blocks import ChunkBlocks, PlacedBlocks
 from kvrag.errors import InputError, PromptTooLongError
-from kvrag.fusion.base import FusionReport, FusionStrategy, LayerStream, fuse
+from kvrag.fusion.base import FusionReport, FusionStrategy, fuse
 from kvrag.fusion.controller import ChunkSource, Controller, Decision
 from kvrag.fusion.device import DeviceLoading, HeldChunks
 from kvrag.fusion.prompt import Prompt
@@ -23,6 +23,7 @@ from kvrag.generation.kv_cache import KVCache
 from kvrag.generation.prefix_cache import PrefixCache
 from kvrag.models.source import Model
 from kvrag.prompting import PromptLayout
+from kvrag.store.codecs import Codec
 from kvrag.store.tiered import BlockReader
 from kvrag.text import check_text
 
@@ -93,7 +94,7 @@ class Prefill:
         self,
         model: Model,
         layout: PromptLayout,
-        blocks: ChunkBlocks,
+        blocks: PlacedBlocks,
         prefixes: PrefixCache,
         controller: Controller,
         device: DeviceLoading | None = None,
@@ -132,7 +133,7 @@ class Prefill:
             prefix_ids,
             [chunk.token_ids for chunk in kept],
             question_ids,
-            prefix_match=prefix_ids == self._blocks.prefix_ids,
+            prefix_match=prefix_ids == self._blocks.first.prefix_ids,
         )
         return Fitted(prompt, tuple(kept), tuple(chunks[len(kept) :]))
 
@@ -155,22 +156,41 @@ class Prefill:
         """
         if cancelled():
             return None
-        keys = (self._blocks.key(span.token_ids) for span in prompt.chunks)
+        prompt, blocks = self._choose(prompt, strategy)
+        keys = (kind.key(s.token_ids) for kind, s in zip(blocks, prompt.chunks, strict=True))
         device = self._device if strategy.uses_blocks else None
         with closing(HeldChunks(device, keys, len(prompt.chunks))) as held:
             run = _Run(
-                self._model, self._blocks, prompt, strategy, held, self._controller, adapt=adapt
+                self._model,
+                blocks,
+                self._blocks.codec,
+                prompt,
+                strategy,
+                held,
+                self._controller,
+                adapt=adapt,
             )
             return run.execute(self._prefixes, new_tokens, cancelled)
 
+    def _choose(
+        self, prompt: Prompt, strategy: FusionStrategy
+    ) -> tuple[Prompt, Sequence[ChunkBlocks]]:
+        """Whose block of each chunk is fused, and the prompt that says if the first is exact."""
+        blocks: Sequence[ChunkBlocks] = [self._blocks.first] * len(prompt.chunks)
+        if strategy.uses_blocks:
+            blocks = self._blocks.choose([span.token_ids for span in prompt.chunks])
+        first = blocks[0] if blocks else self._blocks.first
+        return replace(prompt, prefix_match=prompt.prefix_ids == first.prefix_ids), blocks
+
 
 class _Run:
-    """One prompt: sources of its blocks, warnings and clocks."""
+    """One prompt: sources of its blocks (`blocks`: one a chunk), warnings and clocks."""
 
     def __init__(
         self,
         model: Model,
-        blocks: ChunkBlocks,
+        blocks: Sequence[ChunkBlocks],
+        codec: Codec,
         prompt: Prompt,
         strategy: FusionStrategy,
         held: HeldChunks,
@@ -178,7 +198,8 @@ class _Run:
         *,
         adapt: bool,
     ) -> None:
-        self._model, self._blocks, self._prompt, self._held = model, blocks, prompt, held
+        self._model, self._blocks, self._codec = model, blocks, codec
+        self._prompt, self._held = prompt, held
         self._strategy, self._controller, self._adapt = strategy, controller, adapt
         self._warnings: list[str] = []
 
@@ -194,48 +215,44 @@ class _Run:
             dtype=decoder.compute_dtype,
             device=decoder.device,
         )
-        readers = self._open()
-        decision = self._decide(readers)
-        decided = time.perf_counter()
-        self._strategy = decision.strategy
-        first_chunks = self._strategy.first_chunks(decoder, prompt)
-        aside = None
-        if readers and not self._strategy.uses_blocks:
-            aside = self._aside(readers, probe=decision.probe)
-            readers = []
-        tiers = ["none"] * len(prompt.chunks)
-        if self._strategy.uses_blocks:
-            loaded_from = [COMPUTED if reader is None else reader.tier for reader in readers]
-            tiers = held.spread(loaded_from, DEVICE)
-        # Loading begins here, beside all that is computed below.
-        first_to_load = held.first_to_load(first_chunks)
-        stream = BlockStream(
-            readers, self._blocks.codec, self._recompute, first_to_load, cancelled=cancelled
-        )
-        layers: LayerStream = stream
         try:
-            layers = held.layers(stream, first_chunks)
-            # Before any chunk is computed behind it: what this request computes was not cached.
-            prefix_cached = prefixes.fill(cache, prompt.prefix_ids)
-            holes = stream.holes
-            for chunk in holes:
-                if cancelled():
-                    return None
-                stream.compute(chunk)
-            started, waited_s = time.perf_counter(), stream.stall_s
-            fused = fuse(self._strategy.start(decoder, prompt, layers, cache), cancelled)
-            ended = time.perf_counter()
+            with ExitStack() as opened:
+                readers = self._open(opened)
+                decision = self._decide(readers)
+                decided = time.perf_counter()
+                self._strategy = decision.strategy
+                if not self._strategy.uses_blocks:
+                    opened.close()  # nothing is pinned while it computes instead of loading
+                    readers = []
+                first_chunks = self._strategy.first_chunks(decoder, prompt)
+                tiers = self._tiers(readers)
+                # Loading begins here, beside all that is computed below.
+                stream = BlockStream(
+                    readers,
+                    self._codec,
+                    self._recompute,
+                    held.first_to_load(first_chunks),
+                    cancelled=cancelled,
+                )
+                opened.callback(stream.close)
+                layers = opened.enter_context(closing(held.layers(stream, first_chunks)))
+                # Before any chunk is computed behind it: what this request computes was not cached.
+                prefix_cached = prefixes.fill(cache, prompt.prefix_ids)
+                holes = stream.holes
+                for chunk in holes:
+                    if cancelled():
+                        return None
+                    stream.compute(chunk)
+                started, waited_s = time.perf_counter(), stream.stall_s
+                fused = fuse(self._strategy.start(decoder, prompt, layers, cache), cancelled)
+                ended = time.perf_counter()
         except LoadingCancelled:
             return None
-        finally:
-            layers.close()
-            if aside is not None:
-                aside.close()
         if fused is None:
             return None
         for chunk in stream.computed:
             tiers[held.to_load[chunk]] = COMPUTED
-        self._controller.loaded(stream.measured if aside is None else aside.measured)
+        self._controller.loaded(stream.measured)
         as_planned = stream.computed == frozenset(holes)
         self._controller.ran(
             decision,
@@ -261,54 +278,50 @@ class _Run:
             warnings=tuple(dict.fromkeys(self._warnings)),
         )
 
-    def _open(self) -> list[BlockReader | None]:
-        """An open reader for each chunk to load, None where no tier has a sound block."""
+    def _open(self, opened: ExitStack) -> list[BlockReader | None]:
+        """A reader of each chunk to load, which `opened` closes; None where no tier has one."""
         readers: list[BlockReader | None] = []
-        if not self._strategy.uses_blocks:
-            return readers
-        try:
-            # One by one into the list: those that are open must be closed if one fails.
-            readers.extend(map(self._blocks.open, self._token_ids_to_load()))
-        except BaseException:
-            _close(readers)
-            raise
+        for chunk in self._held.to_load if self._strategy.uses_blocks else ():
+            reader = self._blocks[chunk].open(self._prompt.chunks[chunk].token_ids)
+            if reader is not None:
+                opened.callback(reader.close)
+            readers.append(reader)
         return readers
 
-    def _token_ids_to_load(self) -> list[tuple[int, ...]]:
-        return [self._prompt.chunks[chunk].token_ids for chunk in self._held.to_load]
-
     def _decide(self, readers: Sequence[BlockReader | None]) -> Decision:
-        """What runs instead of what was asked for; closes the readers if that fails."""
-        try:
-            sources = [None if reader is None else _source(reader) for reader in readers]
-            if self._strategy.uses_blocks:
-                # What the device holds is not loaded.
-                sources = self._held.spread(sources, ChunkSource(DEVICE, ()))
-            return self._controller.decide(self._prompt, self._strategy, sources, adapt=self._adapt)
-        except BaseException:
-            _close(readers)
-            raise
+        """What runs instead of what was asked for."""
+        sources = [None if reader is None else _source(reader) for reader in readers]
+        if self._strategy.uses_blocks:
+            # What the device holds is not loaded.
+            sources = self._held.spread(sources, ChunkSource(DEVICE, ()))
+        return self._controller.decide(
+            self._prompt,
+            self._strategy,
+            sources,
+            adapt=self._adapt,
+            behind=[len(blocks.prefix_ids) for blocks in self._blocks],
+        )
 
-    def _aside(self, readers: Sequence[BlockReader | None], *, probe: bool) -> BlockStream | None:
-        """Read what nobody waits for, to see what its tiers deliver now; or close the readers."""
-        if not probe:
-            _close(readers)
-            return None
-        everything = [0] * self._model.decoder.config.num_layers
-        return BlockStream(readers, self._blocks.codec, self._recompute, everything)
+    def _tiers(self, readers: Sequence[BlockReader | None]) -> list[str]:
+        """Where each chunk's KV comes from, as far as that is known before."""
+        if not self._strategy.uses_blocks:
+            return ["none"] * len(self._prompt.chunks)
+        loaded_from = [COMPUTED if reader is None else reader.tier for reader in readers]
+        return self._held.spread(loaded_from, DEVICE)
 
     def _recompute(self, index: int) -> list[LayerKV]:
         """All layers of one of the chunks to load."""
-        token_ids, begun = self._token_ids_to_load()[index], time.perf_counter()
-        block = self._blocks.compute(token_ids)
+        chunk, begun = self._held.to_load[index], time.perf_counter()
+        blocks, token_ids = self._blocks[chunk], self._prompt.chunks[chunk].token_ids
+        block = blocks.compute(token_ids)
         self._controller.computed_alone(
-            len(self._blocks.prefix_ids), len(token_ids), time.perf_counter() - begun
+            len(blocks.prefix_ids), len(token_ids), time.perf_counter() - begun
         )
-        outcome = self._blocks.put(block)
+        outcome = blocks.put(block)
         if not outcome.durable:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.refused)
             self._warnings.append(f"KV was computed but not stored durably ({reasons})")
-        return self._blocks.layers(block)
+        return blocks.layers(block)
 
     def _accounts(
         self, report: FusionReport, tiers: Sequence[str], *, prefix_cached: bool
@@ -333,12 +346,6 @@ class _Run:
         )
         rows = report.computed_rows + isolated_rows
         return tokens, rows / (layers * prompt.context_tokens) if prompt.context_tokens else 0.0
-
-
-def _close(readers: Sequence[BlockReader | None]) -> None:
-    for reader in readers:
-        if reader is not None:
-            reader.close()
 
 
 def _source(reader: BlockReader) -> ChunkSource:

@@ -46,10 +46,10 @@ class References:
             self._store.protect([key])
             return True
 
-    def add_for_query(self, chunks: Iterable[tuple[BlockKey, int]], scope: str) -> None:
+    def add_for_query(self, chunks: Iterable[tuple[BlockKey, int, str]]) -> None:
         """As `add`, for chunks that were retrieved: a catalog that fails costs no answer."""
         try:
-            for key, chunk_id in chunks:
+            for key, chunk_id, scope in chunks:
                 self.add(key, chunk_id, scope)
         except CatalogError as exc:
             _log.warning("blocks of this answer may be evicted: %s", exc)

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from kvrag.blocks import ChunkBlocks
+from kvrag.blocks import ChunkBlocks, PlacedBlocks
 from kvrag.errors import ClosedError, EmptyCorpusError, InputError
 from kvrag.prefill import ContextChunk
 from kvrag.store.errors import StoreError
@@ -23,6 +23,8 @@ HandleState = Literal["missing", "stored", "loading", "loaded", "released"]
 
 class KVHandle:
     """A lightweight id of one chunk's KV that knows its tier and state. Thread-safe.
+
+    The KV is the one for the chunk's place among those it was retrieved with.
 
     A prefetched block is held until `release`, `cancel`, or the retriever's time is over.
     """
@@ -128,7 +130,7 @@ class KVRetriever:
     def __init__(
         self,
         corpus: Search,
-        blocks: ChunkBlocks,
+        blocks: PlacedBlocks,
         locate: Callable[[Sequence[BlockKey]], list[str | None]],
         *,
         ttl_s: float = 60.0,
@@ -156,10 +158,11 @@ class KVRetriever:
         chunks = self._corpus.search(question, k)
         if not chunks:
             raise EmptyCorpusError("the corpus is empty; add documents first, or give passages")
-        tiers = self._locate([self._blocks.key(chunk.token_ids) for chunk in chunks])
+        chosen = self._blocks.choose([chunk.token_ids for chunk in chunks])
+        keys = [kind.key(chunk.token_ids) for kind, chunk in zip(chosen, chunks, strict=True)]
         found = []
-        for chunk, tier in zip(chunks, tiers, strict=True):
-            handle = KVHandle(self._blocks, chunk.token_ids, tier)
+        for chunk, blocks, tier in zip(chunks, chosen, self._locate(keys), strict=True):
+            handle = KVHandle(blocks, chunk.token_ids, tier)
             found.append(RetrievedChunk(chunk, chunk.score or 0.0, handle))
         if prefetch:
             self._hold([item.handle for item in found])

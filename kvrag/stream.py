@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Self
 
 from kvrag.answer import Answer, Control, Report, Source, Spans, TokenCounts
 from kvrag.errors import KvragError
@@ -26,7 +28,8 @@ class Context:
     """A laid-out prompt and how to fill a cache with it.
 
     `begun` is when the passages were known (`time.perf_counter`): TTFT counts from there. `adapt`:
-    whether the controller may choose another ratio, or full prefill.
+    whether the controller may choose another ratio, or full prefill. `warnings` stand in front of
+    those of the prefill.
     """
 
     def __init__(
@@ -38,9 +41,16 @@ class Context:
         retrieve_s: float,
         adapt: bool = False,
     ) -> None:
+        self.warnings: tuple[str, ...] = ()
         self._prefill, self.fitted, self._adapt = prefill, fitted, adapt
         self.layout_s = time.perf_counter() - begun
         self.retrieve_s = retrieve_s
+
+    def warned(self, warning: str) -> Self:
+        """The same with one warning more."""
+        context = copy.copy(self)
+        context.warnings = (*self.warnings, warning)
+        return context
 
     def prefill(
         self,
@@ -50,13 +60,16 @@ class Context:
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Prefilled | None:
         """See `Prefill.run`."""
-        return self._prefill.run(
+        prefilled = self._prefill.run(
             self.fitted.prompt,
             strategy,
             new_tokens=new_tokens,
             adapt=self._adapt,
             cancelled=cancelled,
         )
+        if prefilled is None or not self.warnings:
+            return prefilled
+        return replace(prefilled, warnings=(*self.warnings, *prefilled.warnings))
 
 
 class AnswerStream:
@@ -168,7 +181,7 @@ class AnswerStream:
             strategy=prefilled.strategy if prefilled else self._strategy.name,
             ttft_s=ttft_s,
             effective_ratio=prefilled.effective_ratio if prefilled else 0.0,
-            prefix_match=fitted.prompt.prefix_match,
+            prefix_match=(prefilled or fitted).prompt.prefix_match,
             tokens=prefilled.tokens if prefilled else TokenCounts(0, 0, 0, 0),
             spans=Spans(
                 retrieve=self._context.retrieve_s,

@@ -25,4 +25,5 @@ def cpu_kernels(native: Native | None) -> Kernels:
         deviation=deviation,
         rms_norm=native.rms_norm if native else rms_norm,
         gated=native.gated if native else gated,
+        native=native,
     )

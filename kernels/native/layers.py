@@ -216,7 +216,6 @@ def _product(name: str, product: Product, shape: tuple[int, int]) -> _Product:
     weight = given.values if isinstance(given, Int8Weights) else given
     if isinstance(given, Int8Weights):
         scales = given.scales
-        _check(f"the scales of {name!r}", scales, (shape[0], shape[1] // INT8_GROUP))
     if weight.dtype not in _KINDS or (weight.dtype is torch.int8) != (scales is not None):
         raise ValueError(
             f"the weight {name!r} must be float32, bfloat16, float16 or Int8Weights, got "

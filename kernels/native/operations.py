@@ -36,10 +36,36 @@ _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 @dataclass(frozen=True, slots=True)
 class Int8Weights:
-    """A weight matrix as int8 (out, in) and float32 scales (out, in / INT8_GROUP)."""
+    """A weight matrix as int8 (out, in) and float32 scales (out, in / INT8_GROUP).
+
+    Raises:
+        ValueError: a shape, dtype or place is another, or a tensor is not contiguous.
+    """
 
     values: Tensor
     scales: Tensor
+
+    def __post_init__(self) -> None:
+        # Here, so that the C code may trust every one that exists.
+        values, scales = self.values, self.scales
+        groups, rest = divmod(values.shape[-1], INT8_GROUP) if values.ndim == 2 else (0, 1)
+        if rest:
+            raise ValueError(
+                f"int8 weights must be (out, in) with a multiple of {INT8_GROUP} inputs, got "
+                f"{tuple(values.shape)}"
+            )
+        expected = {
+            "values": (values, torch.int8, values.shape),
+            "scales": (scales, torch.float32, (values.shape[0], groups)),
+        }
+        for name, (tensor, dtype, shape) in expected.items():
+            fits = tensor.dtype is dtype and tensor.shape == tuple(shape)
+            if not fits or tensor.device.type != "cpu" or not tensor.is_contiguous():
+                raise ValueError(
+                    f"the {name} of int8 weights must be contiguous {dtype} {tuple(shape)} on the "
+                    f"CPU, got {tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}, on "
+                    f"{tensor.device}"
+                )
 
     @classmethod
     def of(cls, weight: Tensor) -> Int8Weights:
@@ -280,8 +306,8 @@ class Native:
         """One row (1, in) times a weight matrix (out, in), plus bias (out,): (1, out).
 
         Args:
-            weight: contiguous bfloat16 or float16, or int8; used as it is stored. (torch is as
-                fast for float32.)
+            weight: contiguous bfloat16 or float16, or int8 with its scales; used as it is stored.
+                (torch is as fast for float32.)
             x: float32.
             bias: float32, contiguous.
         """

@@ -108,8 +108,16 @@ def fidelity_command(
     strategy: Annotated[
         list[str] | None,
         typer.Option(
-            help="May be repeated, with options: cacheblend:ratio=0.05. Default: "
-            f"{', '.join(fidelity.STRATEGIES)}."
+            help="May be repeated, with options, and at several ratios: "
+            f"cacheblend:ratio=0.05,0.15. Default: {', '.join(fidelity.STRATEGIES)}."
+        ),
+    ] = None,
+    context_tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,M,…",
+            help="Fill each item's context to so many tokens with passages of other items, once "
+            "a number. Default: its own passages alone.",
         ),
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens compared.")] = 32,
@@ -128,6 +136,7 @@ def fidelity_command(
         items=items,
         half=half.value,
         strategies=tuple(strategy or fidelity.STRATEGIES),
+        context_tokens=_numbers("--context-tokens", context_tokens),
         new_tokens=new_tokens,
         answers=answers,
         other_prefix=other_prefix,
@@ -186,6 +195,13 @@ def kernels_command(
     options = kernels.KernelOptions(tokens, chunk_tokens, ratio, repetitions)
     with _engine(context) as engine:
         kernels.run(engine, options)
+
+
+def _numbers(option: str, given: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in given.split(",")) if given is not None else ()
+    except ValueError as exc:
+        raise InputError(f"{option} is {given!r}; give whole numbers, as in 1024,4096") from exc
 
 
 def _data_path(settings: Settings, name: str) -> Path:

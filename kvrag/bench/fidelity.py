@@ -8,40 +8,29 @@ answer. Intervals are bootstrapped over groups of items that share passages.
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import track
 
 from kvrag.bench.frame import print_environment, print_json, print_table
+from kvrag.bench.intervals import interval, shown
+from kvrag.bench.items import Distractors, Half, Item, drawn, load_items
 from kvrag.bench.overlap import f1
 from kvrag.bench.plots import check_plotting, plot_frontier
 from kvrag.engine import Engine
 from kvrag.errors import InputError
 from kvrag.fusion import FusionStrategy, create
-from kvrag.generation.decode import decode
-from kvrag.generation.params import GenerationParams
-from kvrag.models.source import Model
 from kvrag.prefill import Prefilled
+from kvrag.verify.divergence import divergence, greedy_answer
 
-__all__ = [
-    "STRATEGIES",
-    "FidelityOptions",
-    "Item",
-    "divergence",
-    "greedy_answer",
-    "interval",
-    "load_items",
-    "run",
-    "shown",
-]
+__all__ = ["STRATEGIES", "FidelityOptions", "at_ratios", "run"]
 
 STRATEGIES = (
     "reuse",
@@ -62,86 +51,75 @@ METRICS = {
     "dnll_abs": "|ΔNLL|",
     "f1": "F1",
 }
-_RESAMPLES = 2000
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A question with its passages and gold answers; items of a group share passages."""
-
-    id: str
-    group: str
-    question: str
-    answers: tuple[str, ...]
-    passages: tuple[dict[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class FidelityOptions:
-    """items drawn, which half of the groups, strategies as `create` takes them.
+    """items drawn, which half of the groups, strategies as `at_ratios` takes them.
 
-    answers: whether every strategy also writes its answer, for F1. other_prefix: the text that
-    blocks are computed behind in the place of the prompt's own prefix, so that the two differ.
+    context_tokens: lengths to fill the items' contexts to (see `Distractors`); none leaves them as
+    they are. answers: whether every strategy also writes its answer, for F1. other_prefix: the
+    text that blocks are computed behind in the place of the prompt's own prefix, so that the two
+    differ.
+
+    Raises:
+        InputError: a length is no number of tokens.
     """
 
     items: int = 100
-    half: Literal["even", "odd", "all"] = "odd"
+    half: Half = "odd"
     strategies: tuple[str, ...] = STRATEGIES
+    context_tokens: tuple[int, ...] = ()
     new_tokens: int = 32
     answers: bool = False
     other_prefix: str | None = None
     plot: Path | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for tokens in self.context_tokens:
+            if tokens < 1:
+                raise InputError(f"context tokens are {tokens}; they must be 1 or more")
 
-def load_items(path: Path, options: FidelityOptions) -> list[Item]:
-    """Items of a JSONL file (`id, question, answers, passages`, perhaps `group`), drawn at random.
 
-    Even and odd are by group where the file has groups, by line elsewhere.
+@dataclass(frozen=True, slots=True)
+class _Set:
+    """Items under the name that their figures have. context_tokens: None as the file has them."""
 
-    Raises:
-        InputError: the file cannot be read, or a line lacks a field.
-    """
-    try:
-        with path.open(encoding="utf-8") as lines:
-            items = [_item(index, json.loads(line)) for index, line in enumerate(lines)]
-    except OSError as exc:
-        raise InputError(f"evaluation data {path} cannot be read: {exc.strerror}") from exc
-    except (ValueError, KeyError, TypeError, IndexError) as exc:
-        raise InputError(f"evaluation data {path} has a line of another form: {exc!r}") from exc
-    order = {group: place for place, group in enumerate(dict.fromkeys(i.group for i in items))}
-    parities = {"even": (0,), "odd": (1,), "all": (0, 1)}[options.half]
-    chosen = [item for item in items if order[item.group] % 2 in parities]
-    random.Random(options.seed).shuffle(chosen)
-    return chosen[: options.items]
+    name: str
+    items: list[Item]
+    context_tokens: int | None = None
+
+
+def at_ratios(strategy: str) -> list[str]:
+    """One strategy a ratio: `fast:ratio=0.02,0.05` is `fast:ratio=0.02` and `fast:ratio=0.05`."""
+    name, _, given = strategy.partition(":")
+    options = given.split(",")
+    first = next((at for at, part in enumerate(options) if part.startswith("ratio=")), None)
+    if first is None:
+        return [strategy]
+    # What has no name goes on with the ratios.
+    last = next((at for at in range(first + 1, len(options)) if "=" in options[at]), len(options))
+    ratios = [options[first].removeprefix("ratio="), *options[first + 1 : last]]
+    return [
+        f"{name}:{','.join([*options[:first], f'ratio={ratio}', *options[last:]])}"
+        for ratio in ratios
+    ]
 
 
 def run(engine: Engine, paths: Sequence[Path], options: FidelityOptions) -> dict[str, Any]:
     """Measure, print a table a set and the JSON line (see docs/benchmarks.md), and return it."""
-    strategies = {name: create(name) for name in options.strategies}
+    names = [name for given in options.strategies for name in at_ratios(given)]
+    strategies = {name: create(name) for name in names}
     if options.plot is not None:
         check_plotting()
+    chosen = [of for path in paths for of in _sets(engine, path, options)]
     print_environment()
     sets: dict[str, dict[str, dict[str, Any]]] = {}
     facts: dict[str, dict[str, Any]] = {}
-    for path in paths:
-        sets[path.stem], facts[path.stem] = _set(engine, path, strategies, options)
-        rows = [
-            (
-                name,
-                f"{of['effective_ratio']:.3f}",
-                f"{of['ttft_s']:.3f}",
-                *(_cell(of, metric) for metric in METRICS),
-            )
-            for name, of in sets[path.stem].items()
-        ]
-        columns = ("strategy", "rows", "TTFT s", *METRICS.values())
-        full = facts[path.stem]
-        title = (
-            f"{path.stem}: {full['n']} items, full prefill: {full['ttft_s']:.2f} s, "
-            f"NLL {full['nll']:.3f}"
-        )
-        print_table(title, columns, rows)
+    for of in chosen:
+        sets[of.name], facts[of.name] = _measure(engine, of, strategies, options)
+        _print(of.name, sets[of.name], facts[of.name])
     result = {
         "benchmark": "fidelity",
         "fidelity": sets,
@@ -158,30 +136,74 @@ def run(engine: Engine, paths: Sequence[Path], options: FidelityOptions) -> dict
     return result
 
 
-def _set(
-    engine: Engine, path: Path, strategies: dict[str, FusionStrategy], options: FidelityOptions
+def _sets(engine: Engine, path: Path, options: FidelityOptions) -> list[_Set]:
+    """The items of a file, once a context length if lengths are asked for.
+
+    Raises:
+        InputError: see `load_items` and `Distractors`; or the model's context is too short.
+    """
+    half = load_items(path, options.half)
+    items = drawn(half, options.items, options.seed)
+    if not options.context_tokens:
+        return [_Set(path.stem, items)]
+    distractors = Distractors(half, engine.model.tokenizer, options.seed)
+    sets = [
+        _Set(f"{path.stem}@{tokens}", [distractors.lengthened(i, tokens) for i in items], tokens)
+        for tokens in sorted(set(options.context_tokens))
+    ]
+    for item in sets[-1].items:
+        new_tokens = max(options.new_tokens, len(_gold_ids(engine, item)))
+        prompt = engine.prompt(item.question, item.passages, new_tokens=new_tokens)
+        if len(prompt.chunks) < len(item.passages):
+            raise InputError(
+                f"a context of {sets[-1].context_tokens} tokens does not leave room for the prompt "
+                f"around it and {new_tokens} tokens more; the model's context holds "
+                f"{engine.model.decoder.config.max_positions}"
+            )
+    return sets
+
+
+def _measure(
+    engine: Engine, of: _Set, strategies: dict[str, FusionStrategy], options: FidelityOptions
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """A set's figures by strategy, and those of full prefill."""
-    items = load_items(path, options)
     scores: dict[str, list[dict[str, float]]] = {name: [] for name in strategies}
     fulls = []
     rng = random.Random(options.seed)
-    for item in track(items, description=path.stem, transient=True):
+    for item in track(of.items, description=of.name, transient=True):
         full = _Full(engine, item, options)
         fulls.append(full)
         # In another order each time: nobody always runs on warm caches.
         for name in rng.sample(list(strategies), len(strategies)):
             scores[name].append(full.compare(strategies[name]))
-    groups = [item.group for item in items]
+    groups = [item.group for item in of.items]
     summary = {name: _summary(rows, groups) for name, rows in scores.items()}
     answers = [full.f1 for full in fulls if full.f1 is not None]
     return summary, {
-        "n": len(items),
+        "n": len(of.items),
         "nll": float(np.mean([full.nll for full in fulls])),
         "f1": float(np.mean(answers)) if answers else None,
         "ttft_s": float(np.median([full.ttft_s for full in fulls])),
         "prompt_tokens": float(np.mean([full.prompt_tokens for full in fulls])),
+        **({} if of.context_tokens is None else {"context_tokens": of.context_tokens}),
     }
+
+
+def _print(name: str, figures: dict[str, dict[str, Any]], full: dict[str, Any]) -> None:
+    rows = [
+        (
+            strategy,
+            f"{of['effective_ratio']:.3f}",
+            f"{of['ttft_s']:.3f}",
+            *(_cell(of, metric) for metric in METRICS),
+        )
+        for strategy, of in figures.items()
+    ]
+    title = (
+        f"{name}: {full['n']} items, {full['prompt_tokens']:,.0f} prompt tokens, "
+        f"full prefill: {full['ttft_s']:.2f} s, NLL {full['nll']:.3f}"
+    )
+    print_table(title, ("strategy", "rows", "TTFT s", *METRICS.values()), rows)
 
 
 def _summary(rows: Sequence[dict[str, float]], groups: Sequence[str]) -> dict[str, Any]:
@@ -203,30 +225,12 @@ def _cell(figures: dict[str, Any], metric: str) -> str:
     return shown({"mean": figures[metric], "low": low, "high": high})
 
 
-def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL divergence of `q` from `p`, log probabilities (n, vocab): (n,), in nats."""
-    return (p.exp() * (p - q)).sum(dim=-1)
-
-
-def greedy_answer(model: Model, prefilled: Prefilled, new_tokens: int) -> list[int]:
-    """The greedy continuation, at least one token; the cache is left as it was."""
-    params = GenerationParams(max_tokens=new_tokens)
-    steps = decode(model, prefilled.cache, prefilled.logits, params)
-    greedy = [step.token_id for step in steps if step.token_id is not None]
-    prefilled.cache.truncate(prefilled.prompt.length)
-    # An answer that ends at once still has its first distribution to compare.
-    return greedy or [int(prefilled.logits.argmax())]
-
-
 class _Full:
     """Full prefill of one item: its greedy answer and the distributions to compare with."""
 
     def __init__(self, engine: Engine, item: Item, options: FidelityOptions) -> None:
         self._engine, self._item, self._options = engine, item, options
-        tokenizer = engine.model.tokenizer
-        # Behind "Answer:" a model without a chat template goes on with a space.
-        space = "" if tokenizer.has_chat_template else " "
-        self._gold = tokenizer.encode(f"{space}{item.answers[0]}")
+        self._gold = _gold_ids(engine, item)
         # The blocks are computed here, so that no strategy's effective ratio is charged for them.
         self._prefill(create("reuse"))
         prefilled, self.ttft_s = self._prefill(create("full"))
@@ -279,29 +283,8 @@ class _Full:
         return f1(self._engine.model.tokenizer.decode(ids), self._item.answers)
 
 
-def _item(index: int, line: dict[str, Any]) -> Item:
-    return Item(
-        id=str(line["id"]),
-        group=str(line.get("group", index)),
-        question=line["question"],
-        answers=(line["answers"][0], *line["answers"][1:]),
-        passages=tuple({"title": p["title"], "text": p["text"]} for p in line["passages"]),
-    )
-
-
-def interval(values: Sequence[float], groups: Sequence[str]) -> dict[str, float]:
-    """Mean with a 95 % percentile bootstrap over groups."""
-    by_group: dict[str, list[float]] = {}
-    for value, group in zip(values, groups, strict=True):
-        by_group.setdefault(group, []).append(value)
-    sums = np.array([sum(group) for group in by_group.values()])
-    counts = np.array([len(group) for group in by_group.values()])
-    drawn = np.random.default_rng(0).integers(len(sums), size=(_RESAMPLES, len(sums)))
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"mean": float(np.mean(values)), "low": float(low), "high": float(high)}
-
-
-def shown(mean: dict[str, float]) -> str:
-    """`mean [low, high]` for a table."""
-    return f"{mean['mean']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]"
+def _gold_ids(engine: Engine, item: Item) -> list[int]:
+    tokenizer = engine.model.tokenizer
+    # Behind "Answer:" a model without a chat template goes on with a space.
+    space = "" if tokenizer.has_chat_template else " "
+    return tokenizer.encode(f"{space}{item.answers[0]}")

@@ -19,16 +19,11 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from kvrag.bench.fidelity import (
-    FidelityOptions,
-    Item,
-    divergence,
-    greedy_answer,
-    interval,
-    load_items,
-    shown,
-)
+from kvrag.bench.fidelity import FidelityOptions
 from kvrag.bench.frame import show
+from kvrag.bench.intervals import interval, shown
+from kvrag.bench.items import Item, drawn, load_items
+from kvrag.blocks import DEFAULT_CONTEXT, context_ids
 from kvrag.engine import Engine
 from kvrag.fusion.prompt import ChunkSpan, Prompt
 from kvrag.generation.kv_cache import KVCache
@@ -36,6 +31,7 @@ from kvrag.generation.prefix_cache import PrefixCache
 from kvrag.models.decoder import Decoder
 from kvrag.models.forward import append, extend
 from kvrag.prefill import Prefilled
+from kvrag.verify.divergence import divergence, greedy_answer
 
 __all__ = ["run"]
 
@@ -55,7 +51,7 @@ class _Item:
 
 def run(engine: Engine, path: Path, options: FidelityOptions) -> dict[str, Any]:
     """Measure, print and return the result (see the last line's JSON)."""
-    lines = load_items(path, options)
+    lines = drawn(load_items(path, options.half), options.items, options.seed)
     layers = engine.model.decoder.layers
     mended = _sets(engine)
     scores: dict[str, list[float]] = {name: [] for name in mended}
@@ -125,14 +121,18 @@ def _item(engine: Engine, line: Item, new_tokens: int) -> _Item:
 
 
 def _stored(engine: Engine, prompt: Prompt) -> list[tuple[Tensor, Tensor]]:
-    """Every chunk computed alone behind the prefix, K rotated to its place in the prompt."""
-    decoder = engine.model.decoder
+    """Every chunk computed alone behind what the settings say, K rotated to its place."""
+    decoder, given = engine.model.decoder, engine.settings.corpus_context
+    text, positions = DEFAULT_CONTEXT if given is None else given, decoder.config.max_positions
+    later = (*prompt.prefix_ids, *context_ids(text, engine.model.tokenizer, positions))
     prefixes = PrefixCache(decoder)
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in decoder.layers]
-    for span in prompt.chunks:
-        length = len(prompt.prefix_ids) + len(span.token_ids)
+    for place, span in enumerate(prompt.chunks):
+        fits = len(later) + len(span.token_ids) <= positions
+        prefix_ids = later if place and fits else prompt.prefix_ids
+        length = len(prefix_ids) + len(span.token_ids)
         cache = KVCache(decoder.config, length, dtype=decoder.compute_dtype, device=decoder.device)
-        prefixes.fill(cache, prompt.prefix_ids)
+        prefixes.fill(cache, prefix_ids)
         append(decoder, span.token_ids, cache, sink=_Places(decoder, span, parts))
     return [
         (torch.cat([k for k, _ in layer], dim=1), torch.cat([v for _, v in layer], dim=1))

@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvrag.bench.contestants import PREFIX_CACHED
+from kvrag.bench.labels import Label, Stroke, place
+from kvrag.bench.looks import line_of, look_of
 from kvrag.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 __all__ = ["check_plotting", "plot_frontier", "plot_lengths", "plot_spans"]
 
-#: Okabe and Ito's colours, which colour-blind people tell apart; yellow is too pale for lines.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-#: Prime to the number of colours, so that no two lines are alike.
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 #: What TTFT is made of: name in the JSON, in the legend, colour and hatching.
 _PARTS = (
     ("compute", "computing", "#0072B2", ""),
@@ -49,11 +48,14 @@ def check_plotting() -> None:
         ) from exc
 
 
-def plot_lengths(folder: Path, lengths: Mapping[int, Mapping[str, Any]]) -> list[Path]:
+def plot_lengths(
+    folder: Path, lengths: Mapping[int, Mapping[str, Any]], facts: Mapping[str, Any]
+) -> list[Path]:
     """TTFT against context tokens, a line a contestant, both axes logarithmic.
 
     Args:
         lengths: the benchmark's figures by context tokens.
+        facts: what holds at every length.
 
     Returns:
         The files `ttft_by_context.png` and `.svg`.
@@ -65,7 +67,6 @@ def plot_lengths(folder: Path, lengths: Mapping[int, Mapping[str, Any]]) -> list
     figure = _figure(8.4, 4.6)
     axes = figure.add_subplot()
     names = list(dict.fromkeys(name for of in lengths.values() for name in of["ttft_range_s"]))
-    engines = list(dict.fromkeys(name.removesuffix(PREFIX_CACHED) for name in names))
     for name in names:
         points = [
             (of["context_tokens"], of["ttft_s"][name], *of["ttft_range_s"][name])
@@ -73,39 +74,38 @@ def plot_lengths(folder: Path, lengths: Mapping[int, Mapping[str, Any]]) -> list
             if name in of["ttft_s"]
         ]
         tokens, seconds, low, high = zip(*points, strict=True)
-        place = engines.index(name.removesuffix(PREFIX_CACHED))
-        colour, cached = _COLOURS[place % len(_COLOURS)], name.endswith(PREFIX_CACHED)
+        look, cached = look_of(name.removesuffix(PREFIX_CACHED)), name.endswith(PREFIX_CACHED)
         axes.plot(
             tokens,
             seconds,
-            # More engines than colours differ by their markers.
-            marker=_MARKERS[place % len(_MARKERS)],
-            color=colour,
-            markerfacecolor="white" if cached else colour,
-            linestyle="--" if cached else "-",
+            marker=look.marker,
+            color=look.colour,
+            markerfacecolor="white" if cached else look.colour,
+            linestyle="--" if cached else look.line,
             label=name,
         )
-        axes.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(tokens, low, high, color=look.colour, alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(lengths), [_tokens(context) for context in sorted(lengths)])
+    axes.set_xticks([], minor=True)
     axes.set_yscale("log")
-    axes.set_xticks(sorted(lengths), [f"{context:,}" for context in sorted(lengths)], minor=False)
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.grid(visible=True, which="major", linewidth=0.6, alpha=0.6)
-    axes.grid(visible=True, which="minor", axis="y", linewidth=0.3, alpha=0.4)
+    _plain_numbers(axes.yaxis, (1, 2, 5))
+    axes.grid(visible=True, linewidth=0.6, alpha=0.6)
     axes.set_xlabel("context (tokens)")
     axes.set_ylabel("time to first token (s)")
-    axes.set_title(_title("Time to first token by context length", next(iter(lengths.values()))))
+    axes.set_title(_title("Time to first token by context length", facts))
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     return _save(figure, folder, "ttft_by_context")
 
 
-def plot_spans(folder: Path, figures: Mapping[str, Any]) -> list[Path]:
+def plot_spans(folder: Path, figures: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Path]:
     """Where the time goes: TTFT of one context length, a bar a contestant, split into its parts.
 
     kvrag's own bars stand once more below, as shares: beside a full prefill they are short.
 
     Args:
         figures: the benchmark's figures of that length.
+        facts: what holds at every length.
 
     Returns:
         The files `ttft_spans.png` and `.svg`.
@@ -122,13 +122,13 @@ def plot_spans(folder: Path, figures: Mapping[str, Any]) -> list[Path]:
     above, below = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
     handles = _bars(above, names, figures, {name: seconds[name] for name in split})
     longest = seconds[names[-1]]
-    for place, name in enumerate(names):
+    for row, name in enumerate(names):
         end = seconds[name] + longest / 100
-        above.text(end, place, f"{seconds[name]:.3g}", va="center", fontsize=9)
+        above.text(end, row, f"{seconds[name]:.3g}", va="center", fontsize=9)
     above.set_xlim(0, longest * 1.1)
     above.set_xlabel("time to first token (s)")
     tokens = figures["context_tokens"]
-    above.set_title(_title(f"Where the time goes at {tokens:,} context tokens", figures))
+    above.set_title(_title(f"Where the time goes at {tokens:,} context tokens", facts))
     _bars(below, split, figures, dict.fromkeys(split, 100.0))
     below.set_xlim(0, 100)
     below.set_xlabel("share of kvrag's time to first token (%)")
@@ -143,6 +143,9 @@ def plot_frontier(
 ) -> list[Path]:
     """The frontier: what a strategy costs against how far it is from full prefill, a panel a set.
 
+    A strategy at several ratios is a line whose points show how many percent of the rows they
+    compute.
+
     Args:
         sets: the fidelity benchmark's figures by set and strategy.
         full: those of full prefill by set.
@@ -156,35 +159,88 @@ def plot_frontier(
     """
     columns = min(3, len(sets))
     lines = -(-len(sets) // columns)
-    figure = _figure(1.2 + 4.2 * columns, 0.8 + 3.4 * lines)
-    names = list(dict.fromkeys(name for of in sets.values() for name in of))
+    figure = _figure(1.2 + 4.8 * columns, 1.0 + 3.9 * lines)
     handles: dict[str, Any] = {}
-    for place, (title, of) in enumerate(sets.items()):
-        axes = figure.add_subplot(lines, columns, place + 1)
-        for name, figures in of.items():
-            at = names.index(name)
-            low, high = figures["ci95"]["kl"]
-            handles[name] = axes.errorbar(
-                100 * figures["ttft_s"] / full[title]["ttft_s"],
-                figures["kl"],
-                yerr=[[figures["kl"] - low], [high - figures["kl"]]],
-                fmt=_MARKERS[at % len(_MARKERS)],
-                color=_COLOURS[at % len(_COLOURS)],
-                markersize=7,
+    labels: list[Label] = []
+    strokes: list[Stroke] = []
+    for at, (title, of) in enumerate(sets.items(), start=1):
+        axes = figure.add_subplot(lines, columns, at)
+        for line, points in _lines(of).items():
+            look = look_of(line)
+            x = [100 * point["ttft_s"] / full[title]["ttft_s"] for point in points]
+            kl = [point["kl"] for point in points]
+            low, high = zip(*(point["ci95"]["kl"] for point in points), strict=True)
+            handles[line] = axes.errorbar(
+                x,
+                kl,
+                yerr=[
+                    [value - end for value, end in zip(kl, low, strict=True)],
+                    [end - value for value, end in zip(kl, high, strict=True)],
+                ],
+                fmt=look.marker,
+                linestyle=look.line,
+                color=look.colour,
+                markersize=6,
                 capsize=2,
-                linewidth=1,
+                linewidth=1.4,
+                elinewidth=0.7,
             )
-        axes.set_title(f"{title}, {full[title]['n']} items")
+            strokes.append(Stroke(axes, list(zip(x, kl, strict=True))))
+            for point, right, up in zip(points, x, kl, strict=True):
+                strokes.append(Stroke(axes, [(right, end) for end in point["ci95"]["kl"]]))
+                text = _percent(point["effective_ratio"]) if len(points) > 1 else ""
+                labels.append(Label(axes, right, up, text, look.colour))
+        tokens = full[title]["prompt_tokens"]
+        axes.set_title(f"{title}, {full[title]['n']} items, {tokens:,.0f} prompt tokens")
         axes.set_xscale("log")
+        _plain_numbers(axes.xaxis, (1, 1.5, 2, 3, 5, 7))
         axes.set_ylim(bottom=0)
         axes.set_xlabel("TTFT (% of full prefill's)")
         axes.set_ylabel("KL to full prefill (nats)")
-        axes.grid(visible=True, which="both", linewidth=0.6, alpha=0.5)
+        axes.grid(visible=True, linewidth=0.6, alpha=0.5)
         axes.set_axisbelow(True)
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        title="numbers at points: % of the context's rows computed"
+        if any(label.text for label in labels)
+        else None,
     )
+    place(figure, labels, strokes)
     return _save(figure, folder, "frontier")
+
+
+def _lines(of: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Figures of the points of each line, by rising share of computed rows."""
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for name, figures in of.items():
+        lines.setdefault(line_of(name), []).append(figures)
+    return {
+        line: sorted(points, key=lambda point: float(point["effective_ratio"]))
+        for line, points in lines.items()
+    }
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g}" if share < 0.995 else "100"
+
+
+def _tokens(number: int) -> str:
+    """4096 is 4k and 7680 is 7.5k; what is no multiple of 128 is written out."""
+    return f"{number:,}" if number % 128 or number < 1024 else f"{number / 1024:.4g}k"
+
+
+def _plain_numbers(axis: Axis, steps: Sequence[float]) -> None:
+    """Such multiples of powers of ten along a logarithmic axis, written out."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _bars(

@@ -82,16 +82,17 @@ def run(engine: Engine, options: TtftOptions) -> dict[str, Any]:
         for context in contexts:
             lengths[context] = race.measure(context)
             title = f"TTFT, {context} context tokens, {engine.settings.dtype}"
-            print_table(title, COLUMNS, rows(lengths[context]))
-    # The figures of the longest context keep the names that they have where it is the only one.
-    result = {
-        **lengths[contexts[-1]],
-        "lengths": {str(context): of for context, of in lengths.items()},
-        "exponents": exponents(lengths),
-    }
+            print_table(title, COLUMNS, rows(lengths[context], race.skipped))
+        facts = race.facts()
+    # The figures of the longest context have the names that they have where it is the only one.
+    *shorter, longest = contexts
+    result = {**facts, **lengths[longest]}
+    if shorter:
+        result["lengths"] = {str(context): lengths[context] for context in shorter}
+        result["exponents"] = exponents(lengths)
     if options.plot is not None:
-        plot_lengths(options.plot, lengths)
-        plot_spans(options.plot, lengths[contexts[-1]])
+        plot_lengths(options.plot, lengths, facts)
+        plot_spans(options.plot, lengths[longest], facts)
     print_json(result)
     return result
 
@@ -117,11 +118,11 @@ class _Race:
         )
         self._rng = random.Random(options.seed)
         self._contestants: list[Contestant] = []
-        self._skipped: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
         self._gather()
 
     def measure(self, context: int) -> dict[str, Any]:
-        """All repetitions at one context length."""
+        """All repetitions at one context length, as figures."""
         measured: dict[str, list[Measured]] = {
             name: [] for contestant in self._contestants for name in contestant.names
         }
@@ -135,17 +136,23 @@ class _Race:
                         del measured[name]
                     else:
                         measured[name].append(answers[name])
+        return {
+            "context_tokens": context,
+            **figures(
+                measured,
+                computing_all=[c.names[0] for c in self._contestants if c.computes_all],
+                default=self._engine.settings.strategy,
+            ),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What holds at every length."""
         engine, options = self._engine, self._options
         default = engine.settings.strategy
         return {
             "benchmark": "ttft",
-            **figures(
-                measured,
-                computing_all=[c.names[0] for c in self._contestants if c.computes_all],
-                default=default,
-            ),
-            "skipped": dict(self._skipped),
-            "context_tokens": context,
+            "default_strategy": default,
+            "skipped": self.skipped,
             "threads": torch.get_num_threads(),
             "dtype": engine.settings.dtype,
             "compute_dtype": str(engine.model.decoder.compute_dtype).removeprefix("torch."),
@@ -176,7 +183,7 @@ class _Race:
             try:
                 self._contestants.append(self._peer(option, scratch, max_tokens))
             except (PeerError, ModelError) as exc:
-                self._skipped[option.label] = str(exc)
+                self.skipped[option.label] = str(exc)
         for contestant in tuple(self._contestants):
             self._answers(contestant, warm_up)
 
@@ -217,7 +224,7 @@ class _Race:
             return contestant.measure(prompt)
         except PeerError as exc:
             self._contestants.remove(contestant)
-            self._skipped[contestant.names[0]] = str(exc)
+            self.skipped[contestant.names[0]] = str(exc)
             return None
 
 

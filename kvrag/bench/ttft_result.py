@@ -43,7 +43,6 @@ def figures(
         },
         "tokens_as_full": _agreement(measured),
         "spans_s": {name: spans(of) for name, of in reports.items() if of},
-        "default_strategy": default,
         "cache_state": "+".join(sorted(set().union(*(m.tiers for m in measured[default])))),
         "effective_ratio": median([report.effective_ratio for report in reports[default]]),
         "stall_s": median([report.spans.stall for report in reports[default]]),
@@ -86,7 +85,7 @@ def exponents(lengths: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def rows(of: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def rows(of: Mapping[str, Any], skipped: Mapping[str, str]) -> list[tuple[str, ...]]:
     """The table of `figures`, in their order, and behind them who was skipped and why."""
     shown = [
         (
@@ -98,7 +97,7 @@ def rows(of: Mapping[str, Any]) -> list[tuple[str, ...]]:
         )
         for name, (low, high) in of["ttft_range_s"].items()
     ]
-    return [*shown, *((name, "skipped", why, "", "") for name, why in of["skipped"].items())]
+    return [*shown, *((name, "skipped", why, "", "") for name, why in skipped.items())]
 
 
 def _range(measured: Sequence[Measured]) -> tuple[float, float]:

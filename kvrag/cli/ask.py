@@ -77,7 +77,12 @@ def ask(
         name: value for name, value in options.items() if value is not None
     }
     from kvrag.engine import Engine
+    from kvrag.fusion import create
+    from kvrag.generation.params import GenerationParams
 
+    # The engine would refuse these too, but only when the model is open.
+    create(settings.strategy if strategy is None else strategy, ratio)
+    GenerationParams.of(generation)
     with Engine.open(settings) as engine:
         stream = engine.stream(
             asked,

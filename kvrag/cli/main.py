@@ -1,14 +1,15 @@
 """The `kvrag` command: options before the command, the commands, and what becomes of errors.
 
 Exit codes: 0 done, 1 a failure, 2 bad input or settings, 3 done but something was skipped,
-4 verified and found wrong, 130 interrupted, 141 the reader of stdout went away. An error is one
-line on stderr; `--verbose` adds the traceback.
+4 verified and found wrong, 130 interrupted (`serve`, which is stopped that way, ends with 0), 141
+the reader of stdout went away. An error is one line on stderr; `--verbose` adds the traceback.
 
 Heavy imports stand inside the commands, so that help and completion are quick.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -191,7 +192,7 @@ def _report(exc: Exception, *, verbose: bool) -> int:
         context = getattr(exc, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context is not None else ""
         sentence, code = f"{usage().rstrip('.')}{hint}", int(getattr(exc, "exit_code", 2))
-    elif _is_one_of(exc, _BAD_INPUT):
+    elif _is_one_of(exc, _BAD_INPUT) or (_is_one_of(exc, _OURS) and _is_wrong_place(exc)):
         sentence, code = str(exc), 2
     elif _is_one_of(exc, _OURS):
         sentence, code = str(exc), 1
@@ -231,6 +232,17 @@ def _is_one_of(exc: Exception, classes: Mapping[str, Sequence[str]]) -> bool:
         if module in sys.modules
         for name in names
     )
+
+
+#: What the system says of a path that was given and can never serve. A full disk is a failure.
+_WRONG_PLACE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP}
+)
+
+
+def _is_wrong_place(exc: Exception) -> bool:
+    """Whether an error of ours came of a folder that is not writable, or is none."""
+    return isinstance(exc.__cause__, OSError) and exc.__cause__.errno in _WRONG_PLACE
 
 
 def _drop_stdout() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -24,7 +25,8 @@ def serve(
 ) -> None:
     """Answer questions over HTTP until Ctrl+C.
 
-    Only this machine is served, since there are no API keys yet.
+    Only this machine is served, since there are no API keys yet. SIGINT and SIGTERM are how a
+    server is stopped, so the exit code is 0 then.
     """
     from kvrag.config import Settings
 
@@ -41,6 +43,10 @@ def serve(
             f"serving needs {exc.name}, which is not installed; "
             "install it with: pip install 'kvrag[serve]'"
         ) from exc
+
+    # Whoever starts a server wants to know what it does meanwhile; other commands show warnings.
+    logger = logging.getLogger("kvrag")
+    logger.setLevel(min(logger.level, logging.INFO))
 
     def announce(url: str) -> None:
         # Flushed, since whoever started the server may wait for it at the end of a pipe.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -164,31 +164,36 @@ def create(name: str, ratio: float | None = None) -> FusionStrategy:
     """A strategy by name, with its default ratio if none is given.
 
     Options of a strategy follow its name: `epic:tokens=4`, `cacheblend:deviation=kv`; several are
-    separated by commas.
+    separated by commas. A ratio among them gives way to `ratio`.
 
     Raises:
         UnknownStrategyError: names the known ones.
-        InputError: see `FusionStrategy`; or an option is unknown or of another form.
+        InputError: see `FusionStrategy`; or an option is unknown, given twice or of another form.
     """
-    kind, _, given = name.partition(":") if isinstance(name, str) else (name, "", "")
+    kind, colon, given = name.partition(":") if isinstance(name, str) else (name, "", "")
     if not isinstance(kind, str) or kind not in _STRATEGIES:
         raise UnknownStrategyError(
             f"unknown fusion strategy {name!r}; known are {', '.join(strategy_names())}"
         )
-    options = _options(_STRATEGIES[kind], given)
-    return _STRATEGIES[kind](**options if ratio is None else {**options, "ratio": ratio})
+    strategy = _STRATEGIES[kind](**_options(_STRATEGIES[kind], given) if colon else {})
+    return strategy if ratio is None else replace(strategy, ratio=ratio)
 
 
 def _options(strategy: type[FusionStrategy], given: str) -> dict[str, Any]:
     """`window=8,ratio=0.1` by the types of the strategy's defaults."""
     defaults: dict[str, Any] = {field.name: field.default for field in fields(strategy)}
     options: dict[str, Any] = {}
-    for part in filter(None, given.split(",")):
+    for part in given.split(","):
         option, _, value = part.partition("=")
+        if option in options:
+            raise InputError(
+                f"option {option!r} of strategy {strategy.name!r} is given twice; give it once"
+            )
         if option not in defaults:
             raise InputError(
                 f"strategy {strategy.name!r} has no option {option!r}; it has "
-                f"{', '.join(f'{name} ({default})' for name, default in defaults.items())}"
+                f"{', '.join(f'{name} ({default})' for name, default in defaults.items())}, as in "
+                f"{strategy.name}:ratio={defaults['ratio']}"
             )
         kind = type(defaults[option])
         try:

@@ -12,8 +12,8 @@ has to do. So the walk is planned from what is known before: the candidates, and
 
 A chunk that was computed alone differs from the same chunk behind others in a way that is much the
 same for all its tokens. A strategy may let the computed rows tell the rest (`drift`): in each layer
-the stored K and V of tokens that are not computed move by a share of the mean difference between
-fresh and stored, K before it is rotated.
+the stored V of tokens that are not computed moves by a share of the mean difference between fresh
+and stored.
 
 A strategy may ask the question first: the question's rows alone go through the first layers over
 the stored KV, and what each context token receives of their attention tells which rows begin. The
@@ -83,8 +83,8 @@ class LayerState:
 class LayerwiseStrategy(FusionStrategy):
     """Which context rows begin, and which of them go on behind each layer."""
 
-    #: Stored K and V of tokens that are not computed move by this share of the mean difference
-    #: between fresh and stored of those that are.
+    #: Stored V of tokens that are not computed moves by this share of the mean difference between
+    #: fresh and stored of those that are.
     drift: ClassVar[float] = 0.0
 
     def candidates(self, prompt: Prompt) -> range:
@@ -275,7 +275,7 @@ class LayerwiseRun(FusionRun):
         None keeps all.
         """
         index, cache, m = self._layer, self._cache, self._num_context
-        layer, num_layers = self._decoder.layers[index], len(self._decoder.layers)
+        num_layers = len(self._decoder.layers)
         judged = m > 0 and self._strategy.judges(index, num_layers)
         moved = 0 < m < len(self._candidates) and index > 0 and self._strategy.drift > 0
         if not judged and not moved:
@@ -285,13 +285,8 @@ class LayerwiseRun(FusionRun):
         fresh_k, fresh_v = k[:, :m], v[:, :m]
         stored_k, stored_v = cache.k[index][:, positions], cache.v[index][:, positions]
         if moved:
-            layer.shift(
-                layer.unrotate(fresh_k - stored_k, positions).mean(dim=1) * self._strategy.drift,
-                (fresh_v - stored_v).mean(dim=1) * self._strategy.drift,
-                cache.k[index],
-                cache.v[index],
-                slice(self._candidates.start, self._candidates.stop),
-            )
+            change = (fresh_v - stored_v).mean(dim=1, keepdim=True) * self._strategy.drift
+            cache.v[index][:, self._candidates.start : self._candidates.stop] += change
         cache.write(index, self._positions, k, v)
         if not judged:
             return None

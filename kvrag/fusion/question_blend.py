@@ -8,8 +8,8 @@ Four things make a recomputed row worth more than CacheBlend's (measurements: do
 2. The attention is that of the middle layers, from a third to five sixths of the depth. The first
    ones look at neighbours, the last ones at the answer.
 3. Rows stop at five sixths of the depth: what the last layers hold of the context hardly matters.
-4. In each layer the tokens that are not computed move by half of the mean difference of those that
-   are (`LayerwiseStrategy.drift`). It is common to all that the chunk had been alone.
+4. In each layer V of the tokens that are not computed moves by half of the mean difference of those
+   that are (`LayerwiseStrategy.drift`). It is common to all that the chunk had been alone.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def _stop(num_layers: int) -> int:
 class Fast(QuestionBlend):
     """The default: lower TTFT and nearer to full prefill than CacheBlend at 15 %."""
 
-    ratio: float = 0.04
-    most_rows: int = 192
+    ratio: float = 0.03
+    most_rows: int = 128
 
     name: ClassVar[str] = "fast"
 
@@ -119,6 +119,6 @@ class Fast(QuestionBlend):
 class TrueBlend(QuestionBlend):
     """CacheBlend's time, spent on being nearer to full prefill."""
 
-    ratio: float = 0.14
+    ratio: float = 0.13
 
     name: ClassVar[str] = "true"

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvrag.errors import ModelError
+from kvrag.errors import ModelError, UnsupportedModelError
 from kvrag.kernels import (
     Int8Decoding,
     Kernels,
@@ -24,7 +24,7 @@ from kvrag.kernels import (
     linear,
 )
 from kvrag.kernels.linear import OneRow, row_major
-from kvrag.kernels.native import Int8Weights, LayerParts, Native, NativeLayers, load
+from kvrag.kernels.native import Int8Weights, LayerParts, NativeLayers
 from kvrag.models.config import LayerConfig, ModelConfig
 from kvrag.models.layer import Layer
 from kvrag.models.native_steps import int8_or_stored, layer_parts, native_layers
@@ -52,8 +52,8 @@ class Decoder:
             `stepping` alone. Tensors whose file has that dtype are read where it is mapped.
 
     Raises:
-        ModelError: a tensor is missing or of another shape, or int8 decoding or the kernels
-            cannot run here.
+        ModelError: a tensor is missing or of another shape.
+        UnsupportedModelError: int8 decoding or the kernels cannot run here.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Decoder:
                     "weights hold a tensor 'lm_head.weight' that differs from "
                     "'model.embed_tokens.weight'"
                 )
-        native = self._native(kernels_dir)
+        native = self.kernels.native
         bags = self._int8_bags() if int8_decoding and native is None else None
         self._head = row_major(head, self.compute_dtype, native)
         # A number of the compute dtype, as the families that scale were trained.
@@ -179,17 +179,15 @@ class Decoder:
         try:
             return choose(name, self.device, self.compute_dtype, native_folder=native_folder)
         except KernelsUnavailableError as exc:
-            raise ModelError(f"kernels {name!r} are not possible here: {exc}") from exc
-
-    def _native(self, folder: Path | None) -> Native | None:
-        """The code behind `kernels`, if that is native."""
-        return load(folder) if self.kernels.name == "native" and folder is not None else None
+            raise UnsupportedModelError(f"kernels {name!r} are not possible here: {exc}") from exc
 
     def _int8_bags(self) -> Int8Decoding:
         try:
             return Int8Decoding(self.compute_dtype, self.device)
         except ValueError as exc:
-            raise ModelError(f"decode_weights 'int8' is not possible here: {exc}") from exc
+            raise UnsupportedModelError(
+                f"decode_weights 'int8' is not possible here: {exc}"
+            ) from exc
 
     def _stored(self, tensor: Tensor) -> Tensor:
         """A weight rounded to the stored dtype."""

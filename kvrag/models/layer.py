@@ -76,22 +76,6 @@ class Layer:
             self._rope.rotate_into(k, into_k, positions)
         self._kernels.rotate_into(v, None, None, into_v, positions)
 
-    def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """What `rotate` made of K or Q at its positions, turned back."""
-        return x if self._rope is None else self._rope.unrotate(x, positions)
-
-    def shift(self, k: Tensor, v: Tensor, into_k: Tensor, into_v: Tensor, place: slice) -> None:
-        """Add one un-rotated K and one V, (kv_heads, head_dim) each, to all positions of `place`.
-
-        Args:
-            into_k, into_v: (kv_heads, capacity, head_dim), K rotated; index equals position.
-        """
-        if self._rope is None:
-            into_k[:, place] += k[:, None]
-        else:
-            self._rope.add_rotated(k, into_k, place)
-        into_v[:, place] += v[:, None]
-
     def first_visible(self, position: int) -> int:
         """The first position that a row at `position` sees."""
         return 0 if self.window is None else max(0, position - self.window + 1)

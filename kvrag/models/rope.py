@@ -137,28 +137,6 @@ class Rope:
         """
         self._kernels.rotate_into(x, *self._tables_for(positions), out, positions)
 
-    def unrotate(self, x: Tensor, positions: slice | Tensor) -> Tensor:
-        """Turn rotated `x` (heads, n, head_dim) back; a new tensor. See `rotate`."""
-        cos, sin = (table[positions] for table in self._tables_for(positions))
-        # The attention factor, squared; and but for it not quite 1, since the tables are rounded.
-        factor = cos.square() + sin.square()
-        out = x.new_empty(x.shape)
-        self._kernels.rotate_into(x, cos / factor, -sin / factor, out, slice(0, x.shape[1]))
-        return out
-
-    def add_rotated(self, x: Tensor, out: Tensor, place: slice) -> None:
-        """Add one `x` (heads, head_dim), turned to each position of `place`, to `out` there.
-
-        Args:
-            out: (heads, capacity, head_dim), changed in place.
-        """
-        cos, sin = self._tables_for(place)
-        dim = self._config.rotary_dim
-        turned, swapped = x[:, None, :dim], x[:, None, :dim].roll(dim // 2, dims=-1)
-        out[:, place, :dim].addcmul_(turned, cos[place]).addcmul_(swapped, sin[place])
-        if dim < x.shape[-1]:
-            out[:, place, dim:] += x[:, None, dim:]
-
     def tables(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the positions below `length` and of some more, as `RotateInto` says.
 

@@ -8,7 +8,7 @@ vector index, an id a document, and a few hundred bytes a block in the store's l
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvrag.blocks import ChunkBlocks
@@ -63,12 +63,12 @@ class PrecomputeJob:
     def __init__(
         self,
         corpus: Corpus,
-        blocks: ChunkBlocks,
+        kinds: Callable[[Sequence[int]], Sequence[ChunkBlocks]],
         references: References,
         is_stored: Callable[[BlockKey], bool],
     ) -> None:
-        """`is_stored` asks the durable tiers for a key."""
-        self._corpus, self._blocks = corpus, blocks
+        """kinds: the blocks to make of a chunk. `is_stored` asks the durable tiers for a key."""
+        self._corpus, self._kinds = corpus, kinds
         self._references, self._is_stored = references, is_stored
 
     def run(
@@ -102,7 +102,11 @@ class PrecomputeJob:
                 break
             token_ids = self._corpus.token_ids(chunk_id)
             if token_ids is not None:
-                self._store(chunk_id, token_ids, progress)
+                made = [
+                    self._store(kind, chunk_id, token_ids, progress)
+                    for kind in self._kinds(token_ids)
+                ]
+                progress.chunks_stored_before += not any(made)
             progress.chunks_done += 1
             report(progress)
         return progress
@@ -132,21 +136,24 @@ class PrecomputeJob:
         self._corpus.save()
         return list(ids)
 
-    def _store(self, chunk_id: int, token_ids: tuple[int, ...], progress: Progress) -> None:
-        key = self._blocks.key(token_ids)
+    def _store(
+        self, blocks: ChunkBlocks, chunk_id: int, token_ids: tuple[int, ...], progress: Progress
+    ) -> bool:
+        """False if the block was there already."""
+        key = blocks.key(token_ids)
         # The reference comes first: a block without one may be evicted, a reference without its
         # block only means that the block is computed when it is wanted.
-        if not self._references.add(key, chunk_id, self._blocks.scope):
-            return  # deleted meanwhile
+        if not self._references.add(key, chunk_id, blocks.scope):
+            return True  # deleted meanwhile
         if self._is_stored(key):
-            progress.chunks_stored_before += 1
-            return
+            return False
         begun = time.perf_counter()
-        block = self._blocks.compute(token_ids)
-        outcome = self._blocks.put(block, durable_only=True)
+        block = blocks.compute(token_ids)
+        outcome = blocks.put(block, durable_only=True)
         progress.seconds += time.perf_counter() - begun
         if not outcome.durable:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.refused)
             raise StorageFullError(f"the KV of chunk {chunk_id} could not be stored ({reasons})")
         progress.tokens_computed += len(token_ids)
         progress.bytes_written += block.nbytes
+        return True

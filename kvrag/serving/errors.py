@@ -35,6 +35,7 @@ from kvrag.store.errors import StoreError
 
 __all__ = [
     "InvalidDocumentError",
+    "InvalidOptionError",
     "Problem",
     "UnknownDocumentError",
     "problem_of",
@@ -54,6 +55,10 @@ class InvalidDocumentError(InputError):
     def __init__(self, message: str, param: str | None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class InvalidOptionError(InputError):
+    """A strategy that is known, with options that are not allowed."""
 
 
 class UnknownDocumentError(KvragError):
@@ -107,6 +112,7 @@ _KNOWN: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (UnknownStrategyError, 400, "unknown_strategy", "strategy"),
     (PromptTooLongError, 400, "too_long", None),
     (InvalidDocumentError, 400, "invalid_document", None),
+    (InvalidOptionError, 400, "invalid_value", "strategy"),
     (InputError, 400, "invalid_value", None),
     (DocumentError, 400, "invalid_document", None),
     (MissingExtraError, 501, "missing_extra", None),

@@ -12,8 +12,10 @@ from fastapi.responses import JSONResponse, Response
 
 from kvrag.answer import Answer, Source
 from kvrag.engine import Engine
+from kvrag.errors import InputError, UnknownStrategyError
 from kvrag.fusion import create
 from kvrag.serving.disconnect import cancel_on_disconnect
+from kvrag.serving.errors import InvalidOptionError
 from kvrag.serving.queue import Job, ModelQueue
 from kvrag.serving.schemas import AnswerBody, QueryBody, error_responses
 from kvrag.serving.sse import Event, EventStream
@@ -60,8 +62,7 @@ def query_router(engine: Engine, queue: ModelQueue) -> APIRouter:
         error object, and the stream ends without `[DONE]`.
         """
         if body.strategy is not None:
-            # The engine would say so too, but only when it is this request's turn.
-            create(body.strategy, body.ratio)
+            _check_strategy(body.strategy)
         job: Job[Event, Answer] = queue.submit(lambda job: _answer(engine, body, job))
         async with cancel_on_disconnect(request.receive, job):
             if body.stream:
@@ -69,6 +70,16 @@ def query_router(engine: Engine, queue: ModelQueue) -> APIRouter:
             return JSONResponse((await job.result()).to_dict())
 
     return router
+
+
+def _check_strategy(strategy: str) -> None:
+    """The engine would refuse it too, but only when it is this request's turn."""
+    try:
+        create(strategy)
+    except UnknownStrategyError:
+        raise
+    except InputError as exc:
+        raise InvalidOptionError(str(exc)) from exc
 
 
 def _answer(engine: Engine, body: QueryBody, job: Job[Event, Answer]) -> Answer:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+
 from kvrag.blending import Blending
 from kvrag.engine import Engine
 from kvrag.verify.gate import blending_of
 
 __all__ = ["checked_blending"]
 
+_LOG = logging.getLogger(__name__)
+
 
 def checked_blending(engine: Engine) -> Blending:
-    """Whether the engine may blend, by the short form of `kvrag verify` unless that is off."""
+    """Whether the engine may blend, by the short form of `kvrag verify` unless that is off.
+
+    The log says that it is being checked, since that takes a while, and what came of it.
+    """
     if not engine.settings.verify_on_start:
         return Blending(reason="not checked: the setting verify_on_start is off")
+    _LOG.info("checking blending …")
     return blending_of(engine.settings, engine.model)

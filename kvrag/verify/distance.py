@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvrag.prefill import Prefilled
+from kvrag.verify.divergence import divergence
 
 __all__ = ["kl", "relative"]
 
@@ -13,7 +14,7 @@ __all__ = ["kl", "relative"]
 def kl(truth: Prefilled, other: Prefilled) -> float:
     """KL divergence of the next token's distribution from `truth`'s, in nats; never below 0."""
     p, q = (prefilled.logits.cpu().double().log_softmax(-1) for prefilled in (truth, other))
-    return float((p.exp() * (p - q)).sum().clamp(min=0))
+    return float(divergence(p, q).sum().clamp(min=0))
 
 
 def relative(truth: Tensor, other: Tensor) -> float:

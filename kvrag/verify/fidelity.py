@@ -8,7 +8,6 @@ from statistics import fmean
 
 import torch
 
-from kvrag.bench.fidelity import divergence, greedy_answer
 from kvrag.engine import Engine
 from kvrag.fusion import FusionStrategy, Prompt, create
 from kvrag.generation.kv_cache import KVCache
@@ -20,6 +19,7 @@ from kvrag.verify.bounds import (
     TRAINED_NLL,
 )
 from kvrag.verify.check import Check
+from kvrag.verify.divergence import divergence, greedy_answer
 
 __all__ = ["check_fidelity", "divergences"]
 

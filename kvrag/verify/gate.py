@@ -1,6 +1,7 @@
 """All checks in their order, in a home of their own: the user's store is neither read nor written.
 
-The short form leaves out what takes long: the attention of every strategy's rows, and most texts.
+The short form leaves out what takes long: the attention of every strategy's rows, most texts, and
+of the others a passage that the answer does not need.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from kvrag.blending import Blending
@@ -23,19 +25,20 @@ from kvrag.verify.fidelity import check_fidelity
 from kvrag.verify.mask import check_attention, check_rows, watched
 from kvrag.verify.position import check_first_layer, check_placing
 from kvrag.verify.prompts import cut, laid_out
-from kvrag.verify.texts import TEXTS
+from kvrag.verify.texts import TEXTS, Text
 
 __all__ = ["blending_of", "verify"]
 
 _LOG = logging.getLogger(__name__)
 
 #: What is exact is so for any number of tokens: these keep the checks quick.
-_CHUNKS, _CHUNK_TOKENS = 3, 16
+_CHUNKS, _CHUNK_TOKENS, _QUESTION_TOKENS = 3, 16, 8
 #: Where rows are to be scattered.
 _MORE_CHUNKS, _MORE_TOKENS = 4, 48
 #: Tokens of each answer.
 _ANSWER, _SHORT_ANSWER = 16, 8
-_SHORT_TEXTS = 2
+#: Of the first texts so many passages: the next is one that the answer does not need.
+_SHORT_TEXTS, _SHORT_PASSAGES = 2, 3
 
 
 def verify(
@@ -86,35 +89,41 @@ def _groups(
     settings: Settings, model: Model | None, *, short: bool
 ) -> Iterator[tuple[str, Iterator[Check]]]:
     """What is checked, and its checks; they run as they are asked for."""
-    texts, new_tokens = (TEXTS[:_SHORT_TEXTS], _SHORT_ANSWER) if short else (TEXTS, _ANSWER)
+    texts, new_tokens = (_short_texts(), _SHORT_ANSWER) if short else (TEXTS, _ANSWER)
     strategies = [name for name in strategy_names() if create(name).uses_blocks]
     with ExitStack() as stack:
-        # Exact properties are those of the raw codec; what a lossy one costs, fidelity measures.
-        exact = stack.enter_context(_apart(settings, model, codec="raw"))
+        # Exact properties are those of the raw codec and of chunks behind the prefix alone; what
+        # a lossy codec costs, and passages before a chunk bring, fidelity measures.
+        plain = {"codec": "raw", "corpus_context": ""}
+        exact = stack.enter_context(_apart(settings, model, **plain))
         prompt = laid_out(exact, texts[0], new_tokens)
-        small = cut(prompt, _CHUNKS, _CHUNK_TOKENS)
+        small = cut(prompt, _CHUNKS, _CHUNK_TOKENS, _QUESTION_TOKENS)
         yield "ratio 1 against full prefill", check_ratio_one(exact, small, strategies)
-        yield "one chunk behind its prefix", check_one_chunk(exact, prompt)
+        yield "one chunk behind its prefix", check_one_chunk(exact, small)
         yield "attention under its mask", check_attention(exact)
         if not short:
-            larger = cut(prompt, _MORE_CHUNKS, _MORE_TOKENS)
+            larger = cut(prompt, _MORE_CHUNKS, _MORE_TOKENS, _QUESTION_TOKENS)
             seen: list[float] = []
             model = watched(exact.model, seen)
-            watching = stack.enter_context(_apart(settings, model, codec="raw"))
+            watching = stack.enter_context(_apart(settings, model, **plain))
             yield "rows under their mask", check_rows(watching, seen, larger, strategies)
         yield "stored K at its place", check_placing(exact, small)
         yield "layer 0 under every strategy", check_first_layer(exact, small, strategies)
-        blended = exact
-        if settings.codec != "raw":
-            blended = stack.enter_context(_apart(settings, exact.model, codec=settings.codec))
+        blended = stack.enter_context(_apart(settings, exact.model))
         prompts = [laid_out(blended, text, new_tokens) for text in texts]
         yield "fidelity on the text set", check_fidelity(blended, prompts, new_tokens)
 
 
+def _short_texts() -> list[Text]:
+    return [
+        replace(text, passages=text.passages[:_SHORT_PASSAGES]) for text in TEXTS[:_SHORT_TEXTS]
+    ]
+
+
 @contextmanager
-def _apart(settings: Settings, model: Model | None, *, codec: str) -> Iterator[Engine]:
-    """An engine over an empty home that goes with it."""
+def _apart(settings: Settings, model: Model | None, **other: str) -> Iterator[Engine]:
+    """An engine over an empty home that goes with it, with `other` settings."""
     with tempfile.TemporaryDirectory(prefix="kvrag-verify-") as home:
-        values = settings.model_dump() | {"home": Path(home), "codec": codec, "disk_bytes": None}
+        values = settings.model_dump() | {"home": Path(home), "disk_bytes": None} | other
         with Engine(Settings(**values), model=model) as engine:
             yield engine

@@ -38,9 +38,17 @@ def laid_out(engine: Engine, text: Text, new_tokens: int) -> Prompt:
     return with_chunks(prompt, chunks)
 
 
-def cut(prompt: Prompt, chunks: int, tokens: int) -> Prompt:
-    """The first `tokens` of each of the first `chunks`: what is exact is so at any length."""
-    return with_chunks(prompt, [span.token_ids[:tokens] for span in prompt.chunks[:chunks]])
+def cut(prompt: Prompt, chunks: int, tokens: int, question_tokens: int) -> Prompt:
+    """The first `tokens` of each of the first `chunks`, and the end of the question.
+
+    What is exact is so at any length.
+    """
+    return Prompt.build(
+        prompt.prefix_ids,
+        [span.token_ids[:tokens] for span in prompt.chunks[:chunks]],
+        prompt.question_ids[-question_tokens:],
+        prefix_match=True,
+    )
 
 
 def with_chunks(prompt: Prompt, chunks: Sequence[Sequence[int]]) -> Prompt:

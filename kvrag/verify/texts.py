@@ -3,7 +3,8 @@
 Every name, place and figure is invented, so that no model knows an answer by heart. Most questions
 need two passages, and the passages lean on one another ("the keeper named above", "that year"), so
 that what a chunk says depends on the chunks before it: stored KV, which has not seen them, is then
-wrong where it matters. The first two are the shortest: they are what the short form asks.
+wrong where it matters. The first two are the shortest, and their first three passages suffice: they
+are what the short form asks.
 """
 
 from __future__ import annotations

@@ -58,6 +58,8 @@ def environment(isolated, tiny_folders, tmp_path) -> dict[str, str]:
         "KVRAG_DTYPE": "float32",
         "KVRAG_THREADS": "1",
         "KVRAG_CHUNK_TOKENS": str(CHUNK_TOKENS),
+        # One block a chunk, so that they can be counted.
+        "KVRAG_FIRST_BLOCKS": "false",
     }
     os.environ.update(settings)  # `isolated` takes them out again
     return settings

@@ -159,6 +159,23 @@ def test_what_the_engine_refuses_is_its_sentence_and_2(kvrag, options, says):
     assert says in result.error
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--strategy", "nope"], "unknown fusion strategy 'nope'"),
+        (["--strategy", "epic:"], "no option ''; it has ratio"),
+        (["--strategy", "epic:tokens=2,tokens=4"], "given twice"),
+        (["--strategy", "fast:ratio=2"], "ratio is 2.0"),
+        (["--ratio", "1.5"], "ratio is 1.5"),
+        (["--temperature", "-1"], "temperature is -1.0"),
+    ],
+)
+def test_a_bad_option_is_found_before_the_model_is_opened(kvrag, options, says):
+    result = kvrag("--model", "/nowhere", "ask", "Who?", *options)
+    assert (result.code, result.out) == (2, "")
+    assert says in result.error
+
+
 def test_passages_and_k_exclude_each_other(kvrag, passages):
     result = kvrag("ask", "x", "--passages", passages, "--k", 2)
     assert result.code == 2

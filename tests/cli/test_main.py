@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -160,6 +161,40 @@ def test_errors_of_every_room_have_a_code(kvrag, monkeypatch):
         monkeypatch.setattr("kvrag.cli.config.settings_of", fail)
         result = kvrag("config", "show")
         assert (result.code, result.error) == (code, f"error: {error}")
+
+
+def test_kernels_that_cannot_run_are_a_wrong_setting(kvrag, monkeypatch):
+    """Regression: it was a failure, 1, although whoever typed it can put it right."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    result = kvrag("--set", "kernels=triton", "ask", "Who?")
+    assert result.code == 2
+    assert "kernels 'triton' are not possible here" in result.error
+
+
+def test_a_models_dir_that_can_never_serve_is_a_wrong_setting(kvrag, tmp_path):
+    """Regression: it was a failure, 1."""
+    model, file = tmp_path / "some.gguf", tmp_path / "file"
+    model.write_bytes(b"GGUF")
+    file.write_bytes(b"")
+    result = kvrag("--model", model, "--set", f"models_dir={file}/models", "model", "info")
+    assert result.code == 2
+    assert f"cannot be converted into {file}/models: Not a directory" in result.error
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.EACCES, 2), (errno.EROFS, 2), (errno.ENOSPC, 1), (errno.EIO, 1)],
+    ids=errno.errorcode.get,
+)
+def test_a_folder_that_is_not_writable_is_2_and_a_full_disk_1(kvrag, monkeypatch, number, code):
+    from kvrag.errors import ModelError
+
+    def fail(context, **overrides):
+        raise ModelError("m") from OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("kvrag.cli.config.settings_of", fail)
+    result = kvrag("config", "show")
+    assert (result.code, result.error) == (code, "error: m")
 
 
 def test_warnings_of_our_loggers_are_lines_on_stderr(kvrag, monkeypatch):

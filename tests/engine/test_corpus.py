@@ -46,6 +46,8 @@ def opened(models, tmp_path):
             "dtype": "float32",
             "threads": 1,
             "k": 2,
+            # One block a chunk, so that they can be counted; `test_places.py` has two.
+            "corpus_context": "",
         }
         return Engine.open(Settings(model=str(models[model]), **(values | options)))
 

@@ -171,18 +171,17 @@ class Dense:
 
         The third is bool (layers, positions): which keys some row saw. The others do not matter.
         Context rows at the positions `begin` begin; `choose` says which go on behind each layer.
-        Behind layer 0, stored K and V at the positions `drifting` move, before K is rotated, by
-        `drift` times the mean difference between fresh and stored of the rows that are present.
+        Behind layer 0, stored V at the positions `drifting` moves by `drift` times the mean
+        difference between fresh and stored of the rows that are present.
         """
         ids = [*prefix, *(token for chunk in chunks for token in chunk), *question]
         question_start, everywhere = len(ids) - len(question), list(range(len(ids)))
         _, prefix_kv = self.causal(prefix)
         alone = [self.isolated(corpus_prefix, chunk) for chunk in chunks]
-        cache, unrotated = [], []
+        cache = []
         for index in range(len(self.layers)):
             k = torch.cat([prefix_kv[index][0], *(kv[index][0] for kv in alone)], dim=1)
             v = torch.cat([prefix_kv[index][1], *(kv[index][1] for kv in alone)], dim=1)
-            unrotated.append(k)
             k = self.rotate(index, k, everywhere[:question_start])
             room = torch.zeros(k.shape[0], len(question), k.shape[2], dtype=k.dtype)
             cache.append((torch.cat((k, room), dim=1), torch.cat((v, room), dim=1)))
@@ -194,17 +193,13 @@ class Dense:
         for index in range(len(self.layers)):
             q, k, v = self.project(index, x)
             if drift and index and context and len(context) < len(drifting):
-                m, stored_k, stored_v = len(context), unrotated[index], cache[index][1]
-                moved_k = stored_k[:, drifting] + drift * (
-                    (k[:, :m] - stored_k[:, context]).mean(dim=1, keepdim=True)
-                )
+                m, stored_v = len(context), cache[index][1]
                 change = (v[:, :m] - stored_v[:, context]).mean(dim=1, keepdim=True)
                 moved_v = stored_v[:, drifting] + drift * change
             q, k = self.rotate(index, q, rows), self.rotate(index, k, rows)
             stored = cache[index][1][:, rows]
             deviation = ((v - stored) ** 2).sum(dim=(0, 2))[: len(context)]
             if drift and index and context and len(context) < len(drifting):
-                cache[index][0][:, drifting] = self.rotate(index, moved_k, drifting)
                 cache[index][1][:, drifting] = moved_v
             cache[index][0][:, rows], cache[index][1][:, rows] = k, v
             kept = choose(index, context, deviation)

@@ -78,7 +78,7 @@ class Machine:
         return linear + attention + 2e-4 * work.visits + 2e-7 * work.placed
 
     def loading(self, tier: str, nbytes: int) -> float:
-        return self.latency_s + nbytes / self.bytes_per_s
+        return nbytes / 1e10 if tier == "ram" else self.latency_s + nbytes / self.bytes_per_s
 
     def truth(self, plan) -> Forecast:
         return forecast(plan, first_s=0.0, computing=self.computing, loading=self.loading)
@@ -93,17 +93,19 @@ class Machine:
         """What full prefill takes in truth."""
         return self.truth(make_plan(Full(), decoder(), prompt(tokens), ())).seconds
 
-    def ask(self, tokens: int, strategy, *, adapt: bool = True) -> tuple[Decision, Forecast]:
+    def ask(
+        self, tokens: int, strategy, *, adapt: bool = True, tier: str = "disk"
+    ) -> tuple[Decision, Forecast]:
         """The decision, and what came of it."""
-        from_disk = sources(tokens)
-        decision = self.controller.decide(prompt(tokens), strategy, from_disk, adapt=adapt)
+        stored = sources(tokens, tier)
+        decision = self.controller.decide(prompt(tokens), strategy, stored, adapt=adapt)
         found = self.truth(decision.plan)
         compute_s = found.compute_s * self._about_one()
         stall_s = found.stall_s * self._about_one()
-        if decision.strategy.uses_blocks or decision.probe:
-            nbytes = sum(sum(source.layer_nbytes) for source in from_disk)
-            seconds = self.loading("disk", nbytes) * self._about_one()
-            self.controller.loaded({"disk": TierRead(nbytes, seconds)})
+        if decision.strategy.uses_blocks:
+            nbytes = sum(sum(source.layer_nbytes) for source in stored)
+            seconds = self.loading(tier, nbytes) * self._about_one()
+            self.controller.loaded({tier: TierRead(nbytes, seconds)})
         seconds = compute_s + stall_s
         self.controller.ran(decision, compute_s=compute_s, stall_s=stall_s, seconds=seconds)
         return decision, Forecast(seconds, stall_s)

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from kvrag.blocks import ChunkBlocks
+from kvrag.blocks import ChunkBlocks, PlacedBlocks
 from kvrag.fusion.cacheblend import CacheBlend
 from kvrag.fusion.controller import Controller
 from kvrag.fusion.layerwise import LayerState, LayerwiseStrategy
@@ -112,7 +112,8 @@ class Room:
         )
         layout = PromptLayout.of(self.model.tokenizer, "Answer.")
         self.controller = Controller(self.model.decoder)
-        self.prefill = Prefill(self.model, layout, self.blocks, self.prefixes, self.controller)
+        placed = PlacedBlocks(self.blocks, self.blocks, self.store.locate)
+        self.prefill = Prefill(self.model, layout, placed, self.prefixes, self.controller)
 
     def add(self, *chunks: Sequence[int]) -> None:
         for chunk in chunks:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kvrag import Engine, Settings
+from kvrag.blocks import ChunkBlocks, PlacedBlocks
 from kvrag.errors import InputError
 from kvrag.fusion import create, strategy_names
 from kvrag.fusion.controller import TierPrice
@@ -18,7 +19,11 @@ from kvrag.fusion.controller.fit import Fit
 from kvrag.fusion.controller.plan import alone, make_plan
 from kvrag.fusion.full import Full
 from kvrag.models.layer import Layer
+from kvrag.prefill import Prefill
+from kvrag.prompting import PromptLayout
+from kvrag.store.codecs import codec
 from kvrag.store.disk import DiskTier
+from kvrag.store.keys import KeyMaker
 from tests.fusion.machine import (
     CHUNK,
     CONFIG,
@@ -29,11 +34,12 @@ from tests.fusion.machine import (
     prompt,
     sources,
 )
-from tests.fusion.rooms import OTHER_PREFIX, Room
+from tests.fusion.rooms import OTHER_PREFIX, PREFIX, Room
 from tests.models.tiny_models import token_ids
 from tests.store.doubles import in_threads
 
 CACHEBLEND = create("cacheblend")
+FULL = "full: loading is slower"
 
 # ---- costs, fitted -------------------------------------------------------------------------------
 
@@ -62,9 +68,9 @@ def test_one_measurement_far_off_changes_nothing_and_two_change_everything():
         fit.add((1, n), 2 + n)
     before = fit.predict((1, 10))
     fit.add((1, 10), 60)
-    assert (fit.predict((1, 10)), fit.surprised) == (before, True)
+    assert fit.predict((1, 10)) == before
     fit.add((1, 10), 12)
-    assert (fit.predict((1, 10)), fit.surprised) == (pytest.approx(before, rel=1e-3), False)
+    assert fit.predict((1, 10)) == pytest.approx(before, rel=1e-3)
     for _ in range(2):
         fit.add((1, 10), 60)
     assert fit.predict((1, 10)) == pytest.approx(60, rel=0.02)
@@ -232,22 +238,75 @@ def test_what_is_fixed_stays(name):
 
 def test_everything_is_computed_where_loading_takes_longer_and_loaded_again_when_it_does_not():
     machine = trained(bytes_per_s=4e6)
-    computed = [machine.ask(2048, CACHEBLEND) for _ in range(10)]
-    assert {d.reason for d, _ in computed} == {"full: loading is slower"}
-    assert {d.strategy for d, _ in computed} == {Full()}
-    assert [d.probe for d, _ in computed] == [n % 4 == 3 for n in range(10)]
+    computed = [machine.ask(2048, CACHEBLEND) for _ in range(12)]
+    assert [d.reason == "probe" for d, _ in computed] == [n in (3, 11) for n in range(12)]
+    assert {d.strategy for d, _ in computed if d.reason == FULL} == {Full()}
     # Attention over a whole prompt was not seen before.
     assert computed[0][0].predicted_s == pytest.approx(machine.full_s(2048), rel=0.3)
-    assert computed[-1][0].predicted_s == pytest.approx(machine.full_s(2048), rel=0.03)
+    assert computed[-2][0].predicted_s == pytest.approx(machine.full_s(2048), rel=0.03)
     machine.bytes_per_s = 2e9
-    reasons = [machine.ask(2048, CACHEBLEND)[0].reason for _ in range(10)]
-    back = reasons.index("quality")
+    reasons = [machine.ask(2048, CACHEBLEND)[0].reason for _ in range(20)]
     # The next probe is doubted, the one after it, which follows at once, believed.
-    assert back <= 4
-    assert set(reasons[back:]) == {"quality"}
+    assert reasons == [FULL] * 15 + ["probe"] * 2 + ["quality"] * 3
     estimates = machine.controller.estimates
-    assert estimates.full == 10 + back
+    assert estimates.full == 10 + 15
     assert estimates.tiers["disk"].bytes_per_s > 1e9
+
+
+def probed(machine, count, **options):
+    """Which of so many requests loaded although full prefill was foreseen to be faster."""
+    decisions = [machine.ask(2048, CACHEBLEND, **options)[0] for _ in range(count)]
+    assert {d.reason for d in decisions} <= {FULL, "probe"}
+    assert {d.strategy for d in decisions if d.reason == "probe"} <= {CACHEBLEND}
+    return [n for n, d in enumerate(decisions, start=1) if d.reason == "probe"]
+
+
+def test_probes_that_disappoint_become_rarer_and_never_end():
+    assert probed(trained(bytes_per_s=4e6), 260) == [4, 12, 28, 60, 124, 188, 252]
+
+
+def test_a_probe_waits_as_long_as_was_foreseen():
+    machine = trained(bytes_per_s=4e6)
+    (waited,) = (
+        (decision, found)
+        for decision, found in (machine.ask(2048, CACHEBLEND) for _ in range(4))
+        if decision.reason == "probe"
+    )
+    assert waited[0].predicted_s == pytest.approx(waited[1].seconds, rel=0.1)
+    assert waited[0].predicted_s > machine.full_s(2048)
+
+
+def test_probes_of_a_tier_that_gets_better_are_frequent_again():
+    """Better, and still slower than computing everything."""
+    machine = trained(bytes_per_s=2e6)
+    assert probed(machine, 28) == [4, 12, 28]
+    machine.bytes_per_s = 3.5e6
+    assert probed(machine, 40)[:2] == [32, 36]
+
+
+def test_each_kind_has_its_own_probes():
+    machine = trained(bytes_per_s=4e6)
+    assert probed(machine, 3) == []
+    other = [machine.ask(1024, CACHEBLEND)[0].reason for _ in range(4)]
+    assert other == [FULL, FULL, FULL, "probe"]
+    assert probed(machine, 1) == [1]
+
+
+def test_one_slow_load_heals():
+    """Blocks were read aside, which moves none of them: no request would ever find them in memory.
+
+    Here a request that loads leaves its blocks in RAM, where the next ones find them.
+    """
+    machine, tier, reasons = trained(bytes_per_s=4e6), "disk", []
+    for _ in range(8):
+        decision, found = machine.ask(2048, CACHEBLEND, tier=tier)
+        reasons.append(decision.reason)
+        if decision.strategy.uses_blocks:
+            tier = "ram"
+    assert reasons == [FULL] * 3 + ["probe"] + ["quality"] * 4
+    assert (decision.strategy, found.stall_s) == (CACHEBLEND, pytest.approx(0, abs=0.05))
+    # What still lies on the disk is another kind.
+    assert machine.ask(2048, CACHEBLEND)[0].reason == FULL
 
 
 def test_noise_flips_no_decision():
@@ -256,7 +315,9 @@ def test_noise_flips_no_decision():
     full_s = machine.full_s(2048)
     machine = trained(bytes_per_s=2048 * KV_NBYTES / full_s, noise=0.04)
     reasons = [machine.ask(2048, CACHEBLEND)[0].reason for _ in range(40)]
-    assert sum(a != b for a, b in itertools.pairwise(reasons)) <= 2
+    decided = [reason for reason in reasons if reason != "probe"]
+    assert len(decided) > 30
+    assert sum(a != b for a, b in itertools.pairwise(decided)) <= 2
 
 
 def test_the_same_measurements_lead_to_the_same_decisions():
@@ -265,11 +326,11 @@ def test_the_same_measurements_lead_to_the_same_decisions():
         for speed in (3e7, 5e6, 3e7, 2e9):
             machine.bytes_per_s = speed
             decisions += [machine.ask(2048, CACHEBLEND)[0] for _ in range(6)]
-        return [(d.strategy, d.reason, d.predicted_s, d.probe) for d in decisions]
+        return [(d.strategy, d.reason, d.predicted_s) for d in decisions]
 
     first = run()
     assert first == run()
-    assert len({reason for _, reason, _, _ in first}) == 3
+    assert {reason for _, reason, _ in first} >= {"load", FULL, "quality"}
 
 
 def test_a_missing_chunk_is_computed_alone_and_stored():
@@ -280,6 +341,43 @@ def test_a_missing_chunk_is_computed_alone_and_stored():
     whole = machine.controller.decide(prompt(2048), CACHEBLEND, sources(2048), adapt=False)
     assert decision.plan.first == alone(CONFIG, 30, CHUNK)
     assert decision.predicted_s < whole.predicted_s, "one chunk less is loaded"
+
+
+def test_what_must_be_computed_alone_is_foreseen_behind_what_it_is_computed_behind(tiny):
+    """It was foreseen behind the prompt's prefix, which is shorter."""
+    room = Room(tiny("llama"))
+    later = ChunkBlocks(
+        room.model,
+        room.store,
+        KeyMaker(bytes(range(32))),
+        codec("raw"),
+        room.prefixes,
+        namespace="tests",
+        prefix_ids=(*PREFIX, *token_ids(40, seed=8)),
+    )
+    room.prefill = Prefill(
+        room.model,
+        PromptLayout.of(room.model.tokenizer, "Answer."),
+        PlacedBlocks(room.blocks, later, room.store.locate),
+        room.prefixes,
+        room.controller,
+    )
+    decided, computed = [], []
+    decide, computed_alone = room.controller.decide, room.controller.computed_alone
+
+    def noting(*args, **options):
+        decided.append(decide(*args, **options))
+        return decided[-1]
+
+    def counting(prefix, tokens, seconds):
+        computed.append(alone(room.model.decoder.config, prefix, tokens))
+        computed_alone(prefix, tokens, seconds)
+
+    room.controller.decide, room.controller.computed_alone = noting, counting
+    room.run([token_ids(20, seed=n) for n in range(3)], CACHEBLEND)
+    total = computed[0].plus(computed[1]).plus(computed[2])
+    assert decided[0].plan.first == pytest.approx(total)
+    assert len(set(computed)) == 2, "the first place, and the two later ones"
 
 
 # ---- forecasts -----------------------------------------------------------------------------------
@@ -432,8 +530,8 @@ def throttled(tiny, tmp_path, monkeypatch):
 PASSAGES = [" ".join(str(n * n + place) for n in range(38)) for place in range(4)]
 
 
-def ask(engine, **options):
-    return engine.answer("Who?", passages=PASSAGES, max_tokens=1, **options)
+def ask(engine, passages=PASSAGES, **options):
+    return engine.answer("Who?", passages=passages, max_tokens=1, **options)
 
 
 def ask_until(engine, reason, *, most=12):
@@ -464,7 +562,7 @@ def test_a_slow_disk_raises_the_ratio_and_a_slower_one_is_not_read(throttled):
         assert ask(engine, strategy="cacheblend:ratio=0.2").report.control.ratio == 0.2
 
         ThrottledDisk.bytes_per_s = nbytes / (3 * full_s)
-        last = ask_until(engine, "full: loading is slower")[-1]
+        last = ask_until(engine, FULL)[-1]
         assert last.report.strategy == "full"
         assert {source.tier for source in last.sources} == {"none"}
         assert last.text == ask(engine, strategy="full").text
@@ -474,12 +572,44 @@ def test_a_slow_disk_raises_the_ratio_and_a_slower_one_is_not_read(throttled):
         ThrottledDisk.bytes_per_s = 1e9
         computed = ask_until(engine, "quality")[:-1]
         assert computed, "nobody could know that the disk is well again"
-        assert {one.report.control.reason for one in computed} == {"full: loading is slower"}
+        assert {one.report.control.reason for one in computed} == {FULL, "probe"}
         estimates = engine.controller.estimates
         assert estimates.raised >= 1
         assert estimates.full >= 2
         assert estimates.forecasts > 10
         assert estimates.ttft_error is not None
+
+
+def test_after_a_probe_blocks_lie_in_memory_and_are_blended(throttled):
+    """A slow disk and fast memory: one slow load, and no full prefill any more."""
+    sets = [[f"{place} {passage}" for passage in PASSAGES] for place in "abcdef"]
+    with throttled() as engine:
+        for passages in sets:
+            ask(engine, passages=passages)
+        nbytes = engine.stats().tiers[1].nbytes / len(sets)
+        full_s = ask(engine, strategy="full").report.ttft_s
+    ThrottledDisk.bytes_per_s = nbytes / (2 * full_s)
+    with throttled(ram_bytes=2**30) as engine:
+
+        def asked(passages):
+            answer = ask(engine, passages=passages)
+            deadline = time.monotonic() + 20
+            while engine.store.stats().open_blocks:  # until they are copied to memory
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            return answer
+
+        # Each set is on the disk when it is asked, until the controller knows the disk.
+        unread = next(p for p in sets if asked(p).report.control.reason == FULL)
+        found = [asked(unread) for _ in range(6)]
+        reasons = [answer.report.control.reason for answer in found]
+        probe = reasons.index("probe")
+        assert (reasons[:probe], reasons[probe + 1 :]) == ([FULL] * 2, ["quality"] * 3)
+        tiers = [{source.tier for source in answer.sources} for answer in found]
+        assert tiers == [{"none"}] * probe + [{"disk"}] + [{"ram"}] * 3
+        assert {answer.report.strategy for answer in found[probe:]} == {"cacheblend"}
+        assert found[-1].text == found[probe].text
+        assert found[-1].report.ttft_s < found[0].report.ttft_s < found[probe].report.ttft_s
 
 
 def test_the_setting_turns_it_off_and_measuring_goes_on(throttled):

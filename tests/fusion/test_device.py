@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 
+from kvrag.blocks import PlacedBlocks
 from kvrag.fusion import create
 from kvrag.fusion.cacheblend import CacheBlend
 from kvrag.fusion.controller.plan import ChunkSource, make_plan
@@ -58,7 +59,7 @@ def on_device(room, stream, cache=None):
     room.prefill = Prefill(
         room.model,
         layout,
-        room.blocks,
+        PlacedBlocks(room.blocks, room.blocks, room.store.locate),
         room.prefixes,
         room.controller,
         DeviceLoading(stream, cache),

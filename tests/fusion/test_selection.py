@@ -136,11 +136,24 @@ def test_options_behind_a_name():
         ("fast:ratio=2", "between 0 and 1"),
         ("fast:ratio=nan", "between 0 and 1"),
         ("query_attention:window=1.5", "must be like 0"),
+        ("epic:", "no option ''; it has ratio .*, tokens .*, as in epic:ratio=0.15"),
+        ("epic:tokens=4,", "no option ''"),
+        ("epic:,tokens=4", "no option ''"),
+        ("epic:tokens", "must be like 2"),
+        ("epic:tokens=2,tokens=2", "'tokens' of strategy 'epic' is given twice"),
+        ("epic:tokens=2:tokens=4", "must be like 2"),
+        ("epic::tokens=2", "no option ':tokens'"),
     ],
 )
 def test_options_that_are_refused(spec, message):
     with pytest.raises(InputError, match=message):
         create(spec)
+
+
+def test_a_ratio_behind_a_name_is_checked_even_where_another_is_stronger():
+    """Regression: `fast:ratio=7` passed if the request had a good ratio of its own."""
+    with pytest.raises(InputError, match=r"ratio is 7\.0"):
+        create("fast:ratio=7", 0.5)
 
 
 @pytest.mark.parametrize("name", ["slow", "", ":", "fast ", None, 3])

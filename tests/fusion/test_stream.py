@@ -287,7 +287,6 @@ def room(tiny, tmp_path):
 @pytest.mark.parametrize("layers_read", [0, 1, 3, 4])
 def test_close_at_any_point(room, layers_read):
     stream = open_stream(room)
-    assert room.store.stats().open_blocks == 3
     for _ in range(layers_read):
         assert len(stream.next_layer()) == 3
     stream.close()
@@ -364,6 +363,31 @@ def test_error_at_the_start_frees_the_readers(room):
 
     with pytest.raises(Broken):
         room.run(CHUNKS, Failing())
+
+
+def test_error_between_the_decision_and_loading_frees_the_readers(room):
+    """Nothing closed what was opened if the strategy failed before the stream had it."""
+
+    class Failing(LayerwiseStrategy):
+        name = "failing"
+
+        def expected_visits(self, decoder, prompt):
+            return None
+
+        def first_chunks(self, decoder, prompt):
+            raise Broken("after the decision")
+
+    with pytest.raises(Broken):
+        room.run(CHUNKS, Failing())
+
+
+def test_error_of_the_stream_itself_frees_the_readers(room, monkeypatch):
+    def fail():
+        raise Broken("no threads")
+
+    monkeypatch.setattr("kvrag.fusion.stream.block_stream.io_threads", fail)
+    with pytest.raises(Broken):
+        room.run(CHUNKS, Reuse())
 
 
 def test_error_while_a_missing_block_is_computed_frees_the_others(room, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 import weakref
 
 import pytest
@@ -17,7 +18,7 @@ from kvrag.store.codecs import codec
 from kvrag.store.disk import DiskTier
 from kvrag.store.errors import BlockFormatError, StoreError
 from kvrag.store.ram import RamTier
-from kvrag.store.tiered import TieredStore, TierSlot
+from kvrag.store.tiered import BlockReader, TieredStore, TierSlot
 from tests.store.helpers import FINGERPRINT, make_block, make_key, token_ids
 
 LAYERS = 12
@@ -386,6 +387,75 @@ def test_cancelled_while_reads_are_blocked(stepped):
     gate.set()
     join_threads()
     assert bench.store.stats().open_blocks == 0
+
+
+def test_a_reader_that_cannot_be_closed_keeps_no_other_open(stepped, monkeypatch):
+    """The blocks behind it stayed pinned, and the threads for ever."""
+    gate = threading.Event()
+    stepped.gates = {(name, 0): gate for name in range(3)}
+    bench = Bench(stepped=(stepped, range(3)))
+    stream = bench.stream(range(3))
+    assert stepped.waiting.wait(TIMEOUT_S)
+    close, closed = BlockReader.close, []
+
+    def failing(reader):
+        close(reader)
+        closed.append(reader)
+        if len(closed) == 1:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(BlockReader, "close", failing)
+    with pytest.raises(ZeroDivisionError):
+        stream.close()
+    assert len(closed) == 3
+    gate.set()
+    join_threads()
+    assert bench.store.stats().open_blocks == 0
+
+
+class Fresh(Stepped):
+    """Hands out memory of its own for each read; `alive` is how much of it is still held."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = 0
+
+    def segments(self, key, first, last):
+        views = [self.Memory(view) for view in super().segments(key, first, last)]
+        for view in views:
+            self.alive += len(view)
+            weakref.finalize(view, self.gone, len(view))
+        return [memoryview(view).toreadonly() for view in views]
+
+    def gone(self, nbytes):
+        self.alive -= nbytes
+
+    class Memory(bytearray):
+        __slots__ = ("__weakref__",)
+
+
+class Copying:
+    """A codec whose layers do not lie in the encoded bytes."""
+
+    def decode(self, buffer, header):
+        return tuple(part.clone() for part in RAW.decode(buffer, header))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_encoded_bytes_go_when_all_is_decoded_not_with_the_run(fails):
+    """A run that asks the question first goes on for long behind the last layer's loading."""
+    tier = Fresh()
+    if fails:
+        tier.failures[0, 5] = BlockFormatError("damaged")
+    bench = Bench(tier=(tier, [0]))
+    stream = bench.stream([0], decoder=Copying(), recompute=computed)
+    to_the_end(stream)
+    deadline = time.monotonic() + TIMEOUT_S
+    while tier.alive:
+        assert time.monotonic() < deadline, tier.alive
+        time.sleep(0.01)
+    assert bench.store.stats().open_blocks == 0
+    stream.close()
 
 
 def test_a_cancelled_request_does_not_wait_for_a_tier_that_hangs(stepped):

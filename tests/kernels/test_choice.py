@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvrag.config import Settings
-from kvrag.errors import ModelError, SettingsError
+from kvrag.errors import SettingsError, UnsupportedModelError
 from kvrag.kernels import KernelsUnavailableError, choose
 from kvrag.kernels.choice import NAMES
 from kvrag.kernels.native import load
@@ -48,7 +48,9 @@ def test_native_code_is_for_float32_on_a_cpu():
     folder = Settings().kernels_dir
     expected = "cpu" if load(folder) is None else "native"
     assert choose("auto", CPU, torch.float32, native_folder=folder).name == expected
+    assert choose("auto", CPU, torch.float32, native_folder=folder).native is load(folder)
     assert choose("cpu", CPU, torch.float64, native_folder=folder).name == "cpu"
+    assert choose("cpu", CPU, torch.float64, native_folder=folder).native is None
     assert choose("cpu", GPU, torch.float32, native_folder=folder).name == "cpu"
 
 
@@ -87,7 +89,7 @@ def test_a_model_is_opened_with_them(tmp_path):
     for name in ("torch", "cpu", "auto"):
         model = open_model(str(folder), tmp_path, dtype=torch.float32, kernels=name)
         assert model.decoder.kernels.name == ("cpu" if name == "auto" else name)
-    with pytest.raises(ModelError, match="kernels 'triton' are not possible here"):
+    with pytest.raises(UnsupportedModelError, match="kernels 'triton' are not possible here"):
         open_model(str(folder), tmp_path, dtype=torch.float32, kernels="triton")
 
 

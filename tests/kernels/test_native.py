@@ -398,6 +398,27 @@ def test_int8_weights_refuse_what_they_cannot_hold():
             Int8Weights.of(torch.full((2, 64), bad))
 
 
+@pytest.mark.parametrize(
+    ("values", "scales", "says"),
+    [
+        (torch.zeros(3, 96, dtype=torch.int8), torch.ones(3, 1), "multiple of 64 inputs"),
+        (torch.zeros(64, dtype=torch.int8), torch.ones(1), "multiple of 64 inputs"),
+        (torch.zeros(3, 128), torch.ones(3, 2), "values .* must be contiguous torch.int8"),
+        (torch.zeros(128, 3, dtype=torch.int8).t(), torch.ones(3, 2), "values .* strides"),
+        (torch.zeros(3, 128, dtype=torch.int8), torch.ones(3, 1), r"scales .* \(3, 2\)"),
+        (torch.zeros(3, 128, dtype=torch.int8), torch.ones(2, 2), r"scales .* \(3, 2\)"),
+        (torch.zeros(3, 128, dtype=torch.int8), torch.ones(6), r"scales .* \(3, 2\)"),
+        (torch.zeros(3, 128, dtype=torch.int8), torch.ones(3, 2).half(), "scales .* torch.float16"),
+        (torch.zeros(3, 128, dtype=torch.int8), torch.ones(2, 3).t(), "scales .* strides"),
+        (torch.zeros(3, 128, dtype=torch.int8), torch.ones(3, 2, device="meta"), "on meta"),
+    ],
+)
+def test_int8_weights_are_never_of_a_form_that_native_code_would_misread(values, scales, says):
+    """Regression: a product with too few scales read beyond their end."""
+    with pytest.raises(ValueError, match=says):
+        Int8Weights(values, scales)
+
+
 def test_two_threads_really_share_large_work(native):
     """Above the size from which work is shared, results are the same, bit for bit."""
     scores, last = draw(130, 1024), torch.arange(900, 1030).clamp(max=1024)

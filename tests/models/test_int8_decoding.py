@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvrag import Engine, Settings
-from kvrag.errors import ModelError
+from kvrag.errors import UnsupportedModelError
 from kvrag.generation.kv_cache import KVCache
 from kvrag.models.config import ModelConfig
 from kvrag.models.decoder import Decoder
@@ -84,5 +84,5 @@ def test_a_store_is_shared_by_both(wide, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float64])
 def test_it_says_where_it_cannot_run(wide, dtype):
     config = ModelConfig.from_hf(read_json(wide / "config.json"))
-    with pytest.raises(ModelError, match=r"decode_weights 'int8'.*float64"):
+    with pytest.raises(UnsupportedModelError, match=r"decode_weights 'int8'.*float64"):
         Decoder(config, Weights(wide), dtype=dtype, int8_decoding=True)

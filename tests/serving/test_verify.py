@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -156,7 +157,11 @@ def test_a_sound_server_says_so(tmp_path, model_folder):
         assert {"ratio 1", "position"} <= {check["name"] for check in blending["checks"]}
         assert ask(url, question="Who?", passages=PASSAGES).json()["report"]["warnings"] == []
         server.terminate()
-        assert server.communicate(timeout=20) == ("", "")
+        output, errors = server.communicate(timeout=20)
+    assert output == ""
+    first, second = errors.splitlines()
+    assert first == "info: checking blending …"
+    assert re.fullmatch(r"info: blending is allowed: \d+ checks in \d+\.\d s", second)
 
 
 def test_a_server_with_broken_rope_answers_by_full_prefill(tmp_path, model_folder):
@@ -170,26 +175,31 @@ def test_a_server_with_broken_rope_answers_by_full_prefill(tmp_path, model_folde
         assert "position, reuse" in report["warnings"][0]
         server.terminate()
         _, errors = server.communicate(timeout=20)
-    (line,) = errors.splitlines()
+    first, line = errors.splitlines()
+    assert first == "info: checking blending …"
     assert line.startswith("error: full prefill instead of blending")
     assert " s)" in line, "how long it took"
     assert "position, reuse" in line
 
 
 def test_the_check_can_be_left_out(tmp_path, model_folder):
-    with process(tmp_path, model_folder, KVRAG_VERIFY_ON_START="false") as (_, url):
+    with process(tmp_path, model_folder, KVRAG_VERIFY_ON_START="false") as (server, url):
         assert health(url)["blending"] == {
             "allowed": True,
             "reason": "not checked: the setting verify_on_start is off",
             "checks": [],
         }
+        server.terminate()
+        assert server.communicate(timeout=20) == ("", "")
 
 
-def test_a_signal_ends_the_check_and_leaves_nothing(tmp_path, model_folder):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
+def test_a_signal_ends_the_check_and_leaves_nothing(tmp_path, model_folder, number):
+    """The exit code is 0 under either: a process manager that stops a server saw no failure."""
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     with process(tmp_path, model_folder, SLOW + SERVE, TMPDIR=str(temporary)) as (server, home):
         assert [str(path) for path in temporary.iterdir()] == [home]
-        server.send_signal(signal.SIGTERM)
+        server.send_signal(number)
         assert server.wait(20) == 0
         assert list(temporary.iterdir()) == []

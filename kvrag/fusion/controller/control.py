@@ -21,6 +21,7 @@ from kvrag.fusion.base import FusionStrategy
 from kvrag.fusion.controller.fit import Fit
 from kvrag.fusion.controller.forecast import Forecast, forecast
 from kvrag.fusion.controller.plan import ChunkSource, Plan, Work, alone, make_plan
+from kvrag.fusion.controller.probing import Probe, Probing
 from kvrag.fusion.controller.tiers import TierAdvice, TierCheck, TierPrice, cheapest
 from kvrag.fusion.full import Full
 from kvrag.fusion.prompt import Prompt
@@ -30,8 +31,9 @@ from kvrag.models.decoder import Decoder
 __all__ = ["Controller", "Decision", "Estimates", "Reason", "TierEstimate"]
 
 #: quality: the strategy's own ratio. load: raised, because loading hides what that costs.
+#: probe: the strategy's own, in place of full prefill, to see whether loading is still slower.
 #: fixed: the request or the settings gave it, or the strategy has none.
-Reason = Literal["quality", "load", "full: loading is slower", "fixed"]
+Reason = Literal["quality", "load", "full: loading is slower", "probe", "fixed"]
 
 #: A wait that is shorter, in seconds or as a share of all, is left alone.
 LEAST_STALL_S, LEAST_STALL = 0.05, 0.1
@@ -42,8 +44,6 @@ MARGIN = 0.1
 #: A raised ratio may cost this much of the time, and half of each step must be hidden.
 SLACK = 1.05
 STEP = 0.05
-#: Every so many requests that do not load, one reads beside its computing, to see the tier again.
-PROBE_EVERY = 4
 #: Kinds of requests that decisions are remembered of.
 MOST_KEYS = 512
 #: Share of the newest forecast's error in the mean.
@@ -60,8 +60,8 @@ _FLOPS, _ATTENTION, _PLACED = 1, 2, 3
 class Decision:
     """What runs. Predictions are seconds from when the blocks were opened to the logits.
 
-    They are None while something that matters was never measured. probe: although the strategy
-    loads nothing, what was opened is to be read, beside computing and without waiting.
+    They are None while something that matters was never measured. probe: what there is to learn
+    from a run whose reason is "probe".
     """
 
     strategy: FusionStrategy
@@ -69,7 +69,7 @@ class Decision:
     plan: Plan | None
     predicted_s: float | None
     predicted_stall_s: float | None
-    probe: bool = False
+    probe: Probe | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class Controller:
         self._blend = Fit(stiffness, like={_ATTENTION: _FLOPS})
         self._tiers: dict[str, _TierFit] = {}
         self._held: dict[_Key, FusionStrategy] = {}
-        self._unread: dict[_Key, int] = {}
+        self._probing = Probing()  # of kinds that hold full prefill
         self._ttft_error, self._stall_error = _Mean(), _Mean()
         self._raised = self._fulls = 0
 
@@ -128,30 +128,42 @@ class Controller:
         sources: Sequence[ChunkSource | None],
         *,
         adapt: bool,
+        behind: Sequence[int] | None = None,
     ) -> Decision:
         """What is to run, and how long that will take.
 
         Args:
             sources: one a chunk, None for a chunk that no tier has.
             adapt: whether the ratio is the controller's to choose; else it only forecasts.
+            behind: see `make_plan`.
         """
         with self._lock:
-            plan = make_plan(strategy, self._decoder, prompt, sources)
+            plan = make_plan(strategy, self._decoder, prompt, sources, behind)
             own = self._forecast(strategy, plan)
             if not adapt or not (strategy.tunable and strategy.uses_blocks):
                 return _decision(strategy, "fixed", plan, own)
-            if plan is None or own is None or not self._may_change(plan, own):
+            if plan is None or own is None:
                 return _decision(strategy, "quality", plan, own)
             # What was done for others counts for the like alone: options, tiers and about the size.
             key = replace(strategy, ratio=0.0), plan.tiers, prompt.context_tokens.bit_length()
-            if len(self._held) + len(self._unread) > MOST_KEYS:
+            if not _waits(own):
+                self._let_go(key)
+                return _decision(strategy, "quality", plan, own)
+            if not self._may_change(plan):
+                return _decision(strategy, "quality", plan, own)
+            if len(self._held) > MOST_KEYS:
                 self._held.clear()
-                self._unread.clear()
-            if (full := self._instead(prompt, own, key)) is not None:
-                return full
+                self._probing.clear()
+            instead = make_plan(Full(), self._decoder, prompt, ())
+            if (full := self._instead(instead, own, key)) is not None:
+                if self._probing.due(key):
+                    probe = Probe(key, full.seconds)
+                    return replace(_decision(strategy, "probe", plan, own), probe=probe)
+                self._fulls += 1
+                return _decision(Full(), "full: loading is slower", instead, full)
             raised = self._raise(prompt, strategy, sources, own)
             if raised is None:
-                self._held.pop(key, None)
+                self._let_go(key)
                 return _decision(strategy, "quality", plan, own)
             held = self._held.get(key)
             if held is not None and abs(held.ratio - raised.ratio) < 1.5 * STEP:
@@ -161,29 +173,28 @@ class Controller:
             plan = make_plan(raised, self._decoder, prompt, sources)
             return _decision(raised, "load", plan, self._forecast(raised, plan))
 
-    def _may_change(self, plan: Plan, own: Forecast) -> bool:
-        """Whether a wait is foreseen, on good grounds, that is worth another answer."""
+    def _may_change(self, plan: Plan) -> bool:
+        """Whether a forecast stands on good grounds, and may lead to another answer."""
         known = all(self._tiers[tier].nbytes >= LEAST_NBYTES for tier in plan.tiers)
-        waits = own.stall_s >= max(LEAST_STALL_S, LEAST_STALL * own.seconds)
         # Chunks that are computed anyway are stored, which full prefill would not do.
-        return known and waits and not plan.first.visits
+        return known and not plan.first.visits
 
-    def _instead(self, prompt: Prompt, own: Forecast, key: _Key) -> Decision | None:
-        """Full prefill, if that is faster than loading."""
-        full = Full()
-        plan = make_plan(full, self._decoder, prompt, ())
-        found = self._forecast(full, plan)
+    def _instead(self, plan: Plan | None, own: Forecast, key: _Key) -> Forecast | None:
+        """The forecast of full prefill's `plan`, if that is faster than loading."""
+        found = self._forecast(Full(), plan)
         computes = isinstance(self._held.get(key), Full)
         bound = own.seconds * (1 + MARGIN if computes else 1 - MARGIN)
         if found is None or found.seconds > bound:
             if computes:
-                self._held.pop(key)
+                self._let_go(key)
             return None
-        self._held[key] = full
-        self._fulls += 1
-        unread = self._unread[key] = self._unread.get(key, 0) + 1
-        probe = unread % PROBE_EVERY == 0 or any(self._tiers[t].fit.surprised for t in key[1])
-        return replace(_decision(full, "full: loading is slower", plan, found), probe=probe)
+        self._held[key] = Full()
+        return found
+
+    def _let_go(self, key: _Key) -> None:
+        """The kind has its own ratio again."""
+        self._held.pop(key, None)
+        self._probing.forget(key)
 
     def _raise(
         self,
@@ -250,6 +261,10 @@ class Controller:
                 fit = self._blend if decision.strategy.uses_blocks else self._full
                 fit.add(decision.plan.work, compute_s)
             if decision.predicted_s is not None:
+                if decision.probe is not None:
+                    self._probing.tried(
+                        decision.probe, predicted_s=decision.predicted_s, seconds=seconds
+                    )
                 self._ttft_error.add(abs(decision.predicted_s - seconds) / seconds)
             if decision.predicted_stall_s is not None and stall_s >= LEAST_STALL_S:
                 self._stall_error.add(abs(decision.predicted_stall_s - stall_s) / stall_s)
@@ -378,6 +393,11 @@ class _Mean:
 def _seconds(fit: Fit) -> Callable[[Work], float]:
     """Seconds of some work, for a fit that has measurements."""
     return lambda work: fit.predict(work) or 0.0
+
+
+def _waits(own: Forecast) -> bool:
+    """Whether a wait is foreseen that is worth another answer."""
+    return own.stall_s >= max(LEAST_STALL_S, LEAST_STALL * own.seconds)
 
 
 def _decision(

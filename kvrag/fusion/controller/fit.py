@@ -45,11 +45,6 @@ class Fit:
         self._costs: Vector | None = None
         self.count = 0
 
-    @property
-    def surprised(self) -> bool:
-        """Whether the last measurement was far off, so that the next one is wanted soon."""
-        return self._doubted is not None
-
     def add(self, amounts: Sequence[float], seconds: float) -> None:
         """A measurement: what was done, in how many seconds (above 0)."""
         row, predicted = np.array(amounts, dtype=np.float64), self.predict(amounts)

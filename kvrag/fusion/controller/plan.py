@@ -81,12 +81,15 @@ def make_plan(
     decoder: Decoder,
     prompt: Prompt,
     sources: Sequence[ChunkSource | None],
+    behind: Sequence[int] | None = None,
 ) -> Plan | None:
     """The run of a strategy over `prompt`; None if the strategy cannot tell what it computes.
 
     Args:
         sources: one a chunk, None for one that must be computed; not looked at where the strategy
             uses no blocks.
+        behind: one a chunk, the tokens before it where it must be computed; by default those of the
+            prompt's prefix.
     """
     visits = strategy.expected_visits(decoder, prompt)
     if visits is None:
@@ -100,9 +103,10 @@ def make_plan(
         first_chunks = strategy.first_chunks(decoder, prompt)
         needed = _needed(sources, first_chunks)
         placed = [sum(len(s.token_ids) for s in prompt.chunks[i:]) for i in first_chunks]
-        for span, source in zip(prompt.chunks, sources, strict=True):
+        behind = behind or [len(prompt.prefix_ids)] * len(prompt.chunks)
+        for span, source, prefix in zip(prompt.chunks, sources, behind, strict=True):
             if source is None:
-                first = first.plus(alone(config, len(prompt.prefix_ids), len(span.token_ids)))
+                first = first.plus(alone(config, prefix, len(span.token_ids)))
     question = len(prompt.question_ids)
     mean_context = (len(prompt.prefix_ids) + prompt.question_start + 1) / 2
     mean_question = prompt.question_start + (question + 1) / 2

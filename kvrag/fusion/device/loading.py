@@ -84,9 +84,10 @@ class HeldChunks:
 
     def close(self) -> None:
         """Let go of what the device holds. A second call does nothing."""
-        for lease in self._leases:
-            if lease is not None:
-                lease.close()
+        with ExitStack() as each:  # also those behind one that fails
+            for lease in self._leases:
+                if lease is not None:
+                    each.callback(lease.close)
 
 
 class CachedLayers:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -43,7 +44,8 @@ class BlockStream:
     """A `fusion.LayerStream` over the store. One thread asks for layers; any may close it.
 
     Args:
-        readers: one a chunk, open; None for a chunk that no tier has. The stream closes them.
+        readers: one a chunk, open; None for a chunk that no tier has. The stream closes each as
+            soon as it has read what is wanted of it.
         codec: decodes the readers' segments.
         recompute: makes all layers of chunk i.
         first_chunks: for each layer the first chunk that is wanted, see
@@ -155,9 +157,10 @@ class BlockStream:
             for chunk in self._chunks.values():
                 chunk.drop()
             self._changed.notify_all()
-        for chunk in self._chunks.values():
-            chunk.reader.close()
-        self._threads.leave()
+        with ExitStack() as each:  # also those behind one that fails
+            each.callback(self._threads.leave)
+            for chunk in self._chunks.values():
+                each.callback(chunk.reader.close)
 
     # ---- the next layer --------------------------------------------------------------------------
 
@@ -265,11 +268,15 @@ class BlockStream:
             fetched = chunk.reader.fetch(first, last)
         except StoreError:
             self._arrived(chunk, first, None, ("", 0, begun))
+            chunk.reader.close()
             return
         try:
             read = (fetched.tier, fetched.read_nbytes, begun)
             self._arrived(chunk, first, self._decoded(chunk, fetched.segments), read)
             self._read_on()
+            if chunk.ended:
+                # Its encoded bytes are held while it is open; a run may go on for long.
+                chunk.reader.close()
         finally:
             # Last, for the caller waits for layers, not for copies in faster tiers.
             if fetched.admit is not None:

@@ -34,13 +34,18 @@ class ChunkReads:
         """Whether layer 0, which computing waits for, is there, cannot be had or is not wanted."""
         return self._at > 0 or self.failed or self._wanted[:1] != [0]
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will be read."""
+        return self.failed or self._at == len(self._wanted)
+
     def next_group(self, end: int, largest: int) -> tuple[int, int] | None:
         """First and last (exclusive) layer of the next read, which is then under way.
 
         None while one is under way, behind the last layer, after a failure, and while the group
         would reach beyond layer `end`: it waits until it fits, for a smaller one would stay small.
         """
-        if self._reading or self.failed or self._at == len(self._wanted):
+        if self._reading or self.ended:
             return None
         first = self._wanted[self._at]
         size = min(self._at + 1, largest, len(self._wanted) - self._at)

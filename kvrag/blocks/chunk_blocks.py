@@ -61,6 +61,11 @@ class ChunkBlocks:
         """What these blocks have in common (model, codec, prefix, namespace), as one text."""
         return str(self.key(()))
 
+    def fits(self, token_ids: Sequence[int]) -> bool:
+        """Whether the model's context holds a chunk behind this prefix."""
+        room = self._model.decoder.config.max_positions
+        return len(self.prefix_ids) + len(token_ids) <= room
+
     def open(self, token_ids: Sequence[int]) -> BlockReader | None:
         """A verified reader, or None if no tier has a sound copy of the model's shape."""
         reader = self._store.open(

@@ -1,0 +1,293 @@
+"""A corpus whose chunks have two blocks each: making, losing, asking and deleting them."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvrag import Engine, Settings
+from kvrag.errors import EmptyCorpusError
+from kvrag.retrieval import Document
+from tests.tiny import make_tiny_embedder, make_tiny_model
+
+CONTEXT = "Ferry\nThe ferry leaves at night.\n\nOil\nThe lamps burn oil."
+TEXTS = {
+    "Karsk": "Anna keeps the lamp of Karsk. She was born there in the year of the flood.",
+    "Orrel": "The cableway of Orrel was built by Bela and is painted green every spring.",
+    "Vessin": "Vessin has a lead mine, closed since the river took its lowest gallery.",
+}
+DOCUMENTS = [Document(text, title=title) for title, text in TEXTS.items()]
+PASSAGES = [{"title": title, "text": text} for title, text in TEXTS.items()]
+QUESTION = "Who keeps the lamp?"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return make_tiny_model(root / "model"), make_tiny_embedder(root / "embedder")
+
+
+@pytest.fixture
+def opened(models, tmp_path):
+    """Open an engine over the test's home; options override the settings."""
+    model, embedder = map(str, models)
+
+    def open_(**options):
+        values = {
+            "home": tmp_path / "home",
+            "embedder": embedder,
+            "dtype": "float64",
+            "threads": 1,
+            "corpus_context": CONTEXT,
+        }
+        return Engine.open(Settings(model=model, **(values | options)))
+
+    return open_
+
+
+def files(tmp_path):
+    return sorted((tmp_path / "home" / "kv" / "blocks").rglob("*.kv"))
+
+
+def prefill(engine, **options):
+    prefilled = engine.prefill(QUESTION, **({"strategy": "reuse", "new_tokens": 1} | options))
+    tokens = prefilled.tokens
+    assert tokens.prompt == tokens.reused + tokens.recomputed + tokens.computed
+    return prefilled
+
+
+def kinds(engine):
+    """The corpus's blocks for later places, and for the first."""
+    _, blocks, _ = engine._open_corpus()
+    later, first = blocks.kinds(())
+    return later, first
+
+
+def chunk_ids(engine):
+    return [item.chunk.token_ids for item in engine.retrieve(QUESTION, k=99)]
+
+
+# ---- making them ---------------------------------------------------------------------------------
+
+
+def test_a_chunk_is_stored_for_both_places(opened, tmp_path):
+    with opened() as engine:
+        done = engine.add(DOCUMENTS)
+        chunks = chunk_ids(engine)
+        assert (done.chunks_done, done.chunks_stored_before) == (3, 0)
+        assert done.tokens_computed == 2 * sum(map(len, chunks))
+        assert done.bytes_written == sum(path.stat().st_size for path in files(tmp_path))
+        assert len(files(tmp_path)) == engine.counts().blocks == 6
+        again = engine.add(DOCUMENTS)
+        assert (again.chunks_stored_before, again.tokens_computed) == (3, 0)
+    with opened() as engine:
+        prefilled = prefill(engine, k=3)
+        assert prefilled.tiers == ("disk",) * 3
+        assert prefilled.prompt.prefix_match
+        assert prefilled.tokens.computed == prefilled.tokens.prompt - sum(map(len, chunks))
+        # Each chunk may be the first.
+        for question in TEXTS:
+            alone = engine.prefill(question, k=1, new_tokens=1, strategy="reuse")
+            exact = engine.prefill(question, k=1, new_tokens=1, strategy="full")
+            assert alone.tiers[0] in ("disk", "ram")
+            torch.testing.assert_close(alone.logits, exact.logits, atol=1e-8, rtol=0)
+
+
+def test_without_first_blocks_there_is_one_and_a_chunk_alone_is_exact(opened, tmp_path):
+    with opened(first_blocks=False) as engine:
+        done = engine.add(DOCUMENTS)
+        assert done.tokens_computed == sum(map(len, chunk_ids(engine)))
+        assert len(files(tmp_path)) == engine.counts().blocks == 3
+        together = prefill(engine, k=3)
+        assert "computed" not in together.tiers
+        assert not together.prompt.prefix_match
+        alone, exact = prefill(engine, k=1), prefill(engine, k=1, strategy="full")
+        assert alone.tiers == ("computed",)
+        assert alone.prompt.prefix_match
+        torch.testing.assert_close(alone.logits, exact.logits, atol=1e-8, rtol=0)
+        # From now on it is there, referred to, and the exact beginning of longer prompts.
+        assert prefill(engine, k=1).tiers == ("ram",)
+        assert engine.counts().blocks == 4
+        assert prefill(engine, k=3).prompt.prefix_match
+        assert engine.complete().tokens_computed == 0
+    with opened() as engine:
+        assert engine.complete().chunks_stored_before == 1
+        assert len(files(tmp_path)) == 6
+
+
+_KILLED = """
+import os, signal, sys
+from kvrag import Engine, Settings
+from kvrag.blocks import ChunkBlocks
+from kvrag.retrieval import Document
+
+model, embedder, home, context = sys.argv[1:]
+settings = Settings(
+    model=model, embedder=embedder, home=home, dtype="float64", threads=1, corpus_context=context
+)
+compute, computed = ChunkBlocks.compute, []
+
+def killed(self, token_ids):
+    if len(computed) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    computed.append(token_ids)
+    return compute(self, token_ids)
+
+ChunkBlocks.compute = killed
+with Engine.open(settings) as engine:
+    engine.add([Document("The ferry leaves."), Document("The lamp burns."), Document("Oil.")])
+"""
+
+
+def test_a_kill_between_a_chunks_two_blocks_loses_neither(opened, models, tmp_path):
+    """What is missing of the second chunk, and no more, is made of it."""
+    arguments = [*map(str, models), str(tmp_path / "home"), CONTEXT]
+    killed = subprocess.run(
+        [sys.executable, "-c", _KILLED, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    before = {path: path.stat().st_mtime_ns for path in files(tmp_path)}
+    assert len(before) == 3
+    with opened() as engine:
+        done = engine.complete()
+        assert (done.chunks_done, done.chunks_stored_before) == (3, 1)
+        _, second, third = (len(engine._open_corpus()[0].token_ids(n)) for n in (1, 2, 3))
+        assert done.tokens_computed == second + 2 * third
+        assert len(files(tmp_path)) == 6
+        assert {path: path.stat().st_mtime_ns for path in before} == before
+        assert engine.complete().tokens_computed == 0
+
+
+def test_a_lost_block_of_either_kind_is_made_again_and_missed_by_no_answer(opened, tmp_path):
+    with opened() as engine:
+        engine.add(DOCUMENTS)
+        one, two, three = chunk_ids(engine)
+        later, first = kinds(engine)
+        for blocks, token_ids in ((first, one), (later, two)):
+            assert engine.store.delete(blocks.key(token_ids))
+        answered = prefill(engine, k=3)
+        assert "computed" not in answered.tiers
+        assert not answered.prompt.prefix_match
+        done = engine.complete()
+        assert (done.chunks_done, done.chunks_stored_before) == (3, 1)
+        assert done.tokens_computed == len(one) + len(two)
+        assert len(files(tmp_path)) == 6
+        assert prefill(engine, k=3).prompt.prefix_match
+        for blocks in (first, later):
+            assert engine.store.delete(blocks.key(three))
+        assert prefill(engine, k=3).tiers == ("ram", "ram", "computed")
+
+
+# ---- deleting them -------------------------------------------------------------------------------
+
+
+def test_deleting_a_document_deletes_both(opened, tmp_path):
+    with opened(device_bytes=2**24) as engine:
+        engine.add(DOCUMENTS)
+        prefill(engine, k=3)
+        assert engine.device_cache.stats().used_bytes > 0
+        gone = chunk_ids(engine)[0]
+        document = engine.retrieve(QUESTION, k=1)[0].chunk.document
+        assert engine.delete(document)
+        assert engine.device_cache.stats().used_bytes == 0
+        assert len(files(tmp_path)) == engine.counts().blocks == 4
+        assert all(blocks.open(gone) is None for blocks in kinds(engine))
+        for rest in engine.documents():
+            engine.delete(rest.id)
+        assert files(tmp_path) == []
+
+
+def test_what_a_chunk_left_alone_had_computed_goes_with_its_document(opened, tmp_path):
+    """It was computed as a first one, since the others did not fit; that block had no reference."""
+    with opened(first_blocks=False) as engine:
+        engine.add(DOCUMENTS)
+        nearest = engine.retrieve(QUESTION, k=1)[0].chunk
+        passage = {"title": nearest.title, "text": nearest.text}
+        alone = engine.prompt(QUESTION, [passage]).length
+        squeezed = prefill(
+            engine, k=3, new_tokens=engine.model.decoder.config.max_positions - alone
+        )
+        assert squeezed.tiers == ("computed",)
+        assert len(files(tmp_path)) == engine.counts().blocks == 4
+        for document in engine.documents():
+            engine.delete(document.id)
+        assert files(tmp_path) == []
+
+
+# ---- whose context -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", [None, "", "Oil\nThe lamps burn oil."])
+def test_a_corpus_keeps_the_context_that_it_was_made_with(opened, other):
+    with opened(first_blocks=False) as engine:
+        engine.add(DOCUMENTS)
+        expected = kinds(engine)[0].prefix_ids
+    with opened(first_blocks=False, corpus_context=other) as engine:
+        assert kinds(engine)[0].prefix_ids == expected
+        assert prefill(engine, k=3).tiers == ("disk",) * 3
+        done = engine.complete()
+        assert (done.tokens_computed, done.chunks_stored_before) == (0, 3)
+        # Passages have the context of the settings.
+        assert engine._passage_blocks.prefixes[1] != expected
+        assert prefill(engine, passages=PASSAGES[:2]).tiers == ("computed",) * 2
+
+
+def test_a_corpus_of_before_there_were_contexts_goes_on_without(opened, tmp_path):
+    with opened(corpus_context="") as engine:
+        engine.add(DOCUMENTS)
+    with sqlite3.connect(tmp_path / "home" / "catalog.sqlite") as catalog:
+        gone = catalog.execute("DELETE FROM settings WHERE key = 'corpus_context'")
+        assert gone.rowcount == 1
+    catalog.close()
+    for look_first in (True, False):
+        with opened() as engine:
+            if look_first:
+                assert prefill(engine, k=3).tiers == ("disk",) * 3
+            done = engine.add(DOCUMENTS)
+            assert (done.tokens_computed, done.chunks_stored_before) == (0, 3)
+            assert prefill(engine, k=3).prompt.prefix_match
+            assert len(files(tmp_path)) == 3
+
+
+def test_looking_does_not_fix_the_context(opened):
+    with opened(corpus_context="") as engine, pytest.raises(EmptyCorpusError):
+        prefill(engine, k=3)
+    with opened() as engine:
+        assert engine.add(DOCUMENTS).bytes_written
+        assert len(kinds(engine)[0].prefix_ids) > len(kinds(engine)[1].prefix_ids)
+
+
+def test_two_engines_that_make_a_corpus_at_once_agree_on_its_context(opened, tmp_path):
+    contexts = [CONTEXT, "Oil\nThe lamps burn oil."]
+    with opened(corpus_context=contexts[0]) as one, opened(corpus_context=contexts[1]) as two:
+        engines, ready = [one, two], threading.Barrier(2)
+        for engine in engines:
+            assert engine.documents() == []  # each has its own corpus open, empty
+
+        def add(engine, documents):
+            ready.wait()
+            engine.add(documents)
+
+        with ThreadPoolExecutor(2) as pool:
+            parts = [DOCUMENTS[:2], DOCUMENTS[1:]]
+            for future in [
+                pool.submit(add, e, part) for e, part in zip(engines, parts, strict=True)
+            ]:
+                future.result()
+        assert kinds(one)[0].prefix_ids == kinds(two)[0].prefix_ids
+        assert len(files(tmp_path)) == 6
+        for engine in engines:
+            assert engine.complete().tokens_computed == 0
+            assert prefill(engine, k=3).prompt.prefix_match
