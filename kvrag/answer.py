@@ -70,7 +70,7 @@ class Report:
     ttft_s: from the call, with the passages known, to the first sampled token.
     effective_ratio: rows computed for context tokens, summed over the layers, divided by layers ×
         context tokens; fully computed layers and missing chunks included.
-    prefix_match: the prompt's prefix is the one that the blocks were computed behind.
+    prefix_match: the first chunk's block was computed behind the prompt's prefix, and is exact.
     dropped: ids of chunks that did not fit into the context.
     warnings: sentences about what went wrong without spoiling the answer.
     per_token: one entry a context token, in order; None unless it was asked for.

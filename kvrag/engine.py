@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import torch
@@ -37,7 +37,7 @@ from kvrag.models.forward import extend
 from kvrag.models.source import Model, open_model
 from kvrag.passages import Passage, passage_chunks
 from kvrag.precompute.job import PrecomputeJob, Progress
-from kvrag.prefill import Fitted, Prefill, Prefilled
+from kvrag.prefill import Prefill, Prefilled
 from kvrag.prompting import PromptLayout
 from kvrag.references import References
 from kvrag.retrieval.catalog import Catalog, Counts, StoredDocument
@@ -113,11 +113,14 @@ class Engine:
         )
         self._lock = threading.RLock()
         self._corpus: tuple[Corpus, PlacedBlocks, KVRetriever] | None = None
+        self._corpus_made = False
         self._closed = False
         try:
             self._catalog = Catalog.open(home / "catalog.sqlite")
             self._references = References(self._catalog, self.store)
             self._layout = self._fixed_layout(settings.instruction)
+            #: Of the passages that requests bring, behind the prompt's own prefix.
+            self.passage_blocks = self._blocks(self._layout.prefix_ids, self._context_text)
         except BaseException:
             self.store.close()
             raise
@@ -272,7 +275,8 @@ class Engine:
                 f"the prompt takes {prompt.length} tokens and the answer up to {new_tokens}; the "
                 f"model's context holds {room}"
             )
-        prefill, fitted = self._passages_prefill(), Fitted(prompt, (), ())
+        prefill = self._passages_prefill()
+        fitted = prefill.placed(prompt)
         context = Context(prefill, fitted, begun=time.perf_counter(), retrieve_s=0.0)
         return self._filled(context, self._strategy(strategy, None), new_tokens)
 
@@ -439,18 +443,10 @@ class Engine:
         given = self.settings.corpus_context
         return DEFAULT_CONTEXT if given is None else given
 
-    def _new_context(self, instruction: str | None) -> str:
-        """What a corpus is computed behind for which nobody said yet.
-
-        One that has its `instruction` was made when no context was known, and goes on without.
-        """
-        return self._context_text if instruction is None else ""
-
     def _blocks(self, prefix_ids: Sequence[int], context: str) -> PlacedBlocks:
         """Blocks of chunks as a prompt's first, and behind `context`."""
         first = self._blocks_behind(prefix_ids)
-        tokenizer, positions = self.model.tokenizer, self.model.decoder.config.max_positions
-        passages = context_ids(context, tokenizer, positions)
+        passages = context_ids(context, self.model.tokenizer)
         later = self._blocks_behind((*prefix_ids, *passages)) if passages else first
         return PlacedBlocks(first, later, self.store.locate)
 
@@ -466,27 +462,45 @@ class Engine:
         )
 
     def _open_corpus(self) -> tuple[Corpus, PlacedBlocks, KVRetriever]:
+        """The corpus, behind what its maker fixed; until it is made, behind what settings say."""
         self._check_open()
         with self._lock:
-            if self._corpus is None:
-                settings = self.settings
-                # Until documents are added, no instruction is the corpus's own.
-                instruction = self._catalog.setting(settings.namespace, _CORPUS_INSTRUCTION)
-                context = self._catalog.setting(settings.namespace, _CORPUS_CONTEXT)
-                if context is None:
-                    context = self._new_context(instruction)
-                layout = self._fixed_layout(instruction or settings.instruction)
-                corpus = Corpus(
-                    self._catalog,
-                    settings.home / "index",
-                    self.model.tokenizer,
-                    namespace=settings.namespace,
-                    embedder=settings.embedder,
-                    chunk_tokens=settings.chunk_tokens,
+            if self._corpus is None or not self._corpus_made:
+                opened, settings = self._corpus, self.settings
+                # The instruction is written last: where there is one, the rest is there.
+                made_with = self._catalog.setting(settings.namespace, _CORPUS_INSTRUCTION)
+                blocks = self._blocks(
+                    self._fixed_layout(made_with or settings.instruction).prefix_ids,
+                    self._corpus_context(made_with),
                 )
-                blocks = self._blocks(layout.prefix_ids, context)
-                self._corpus = (corpus, blocks, KVRetriever(corpus, blocks, self.store.locate))
+                if opened is None or opened[1].prefixes != blocks.prefixes:
+                    corpus = opened[0] if opened else self._new_corpus()
+                    retriever = KVRetriever(corpus, blocks, self.store.locate)
+                    self._corpus = (corpus, blocks, retriever)
+                    if opened is not None:
+                        opened[2].close()
+                self._corpus_made = made_with is not None
+            if self._corpus is None:
+                raise RuntimeError("a corpus that was opened is not there")
             return self._corpus
+
+    def _corpus_context(self, made_with: str | None) -> str:
+        """A corpus that has its instruction and no context was made when none was known."""
+        stored = self._catalog.setting(self.settings.namespace, _CORPUS_CONTEXT)
+        if stored is not None:
+            return stored
+        return self._context_text if made_with is None else ""
+
+    def _new_corpus(self) -> Corpus:
+        settings = self.settings
+        return Corpus(
+            self._catalog,
+            settings.home / "index",
+            self.model.tokenizer,
+            namespace=settings.namespace,
+            embedder=settings.embedder,
+            chunk_tokens=settings.chunk_tokens,
+        )
 
     def _strategy(
         self, strategy: str | FusionStrategy | None, ratio: float | None
@@ -511,18 +525,11 @@ class Engine:
 
     def _job(self) -> PrecomputeJob:
         self._check_open()
-        # The corpus prefix is fixed by whoever makes the corpus.
+        # What chunks are computed behind is fixed by whoever makes the corpus.
         made_with = self._catalog.setting(self.settings.namespace, _CORPUS_INSTRUCTION)
-        context = self._first_setting(_CORPUS_CONTEXT, lambda: self._new_context(made_with))
-        instruction = self._first_setting(_CORPUS_INSTRUCTION, lambda: self.settings.instruction)
-        made = self._blocks(self._fixed_layout(instruction).prefix_ids, context)
-        corpus, blocks, retriever = self._open_corpus()
-        if made.prefixes != blocks.prefixes:
-            # Another process made the corpus while this one had it open, empty.
-            blocks = made
-            with self._lock:
-                self._corpus = (corpus, blocks, KVRetriever(corpus, blocks, self.store.locate))
-            retriever.close()
+        self._first_setting(_CORPUS_CONTEXT, lambda: self._corpus_context(made_with))
+        self._first_setting(_CORPUS_INSTRUCTION, lambda: self.settings.instruction)
+        corpus, blocks, _ = self._open_corpus()
         kinds = partial(blocks.kinds, first=self.settings.first_blocks)
         return PrecomputeJob(corpus, kinds, self._references, self.store.holds_durably)
 
@@ -553,25 +560,22 @@ class Engine:
         prefill = self._prefill(blocks)
         fitted = prefill.fit(question, [item.chunk for item in found], new_tokens)
         # Not the handles': a chunk may be alone because the others do not fit.
-        chosen = blocks.choose([chunk.token_ids for chunk in fitted.chunks])
         self._references.add_for_query(
             (kind.key(chunk.token_ids), int(chunk.id), kind.scope)
-            for kind, chunk in zip(chosen, fitted.chunks, strict=True)
+            for kind, chunk in zip(fitted.blocks, fitted.chunks, strict=True)
         )
         retrieve_s = retrieved - begun
         return Context(prefill, fitted, begun=retrieved, retrieve_s=retrieve_s, adapt=adapt)
 
     def _passages_prefill(self, corpus_prefix: str | None = None) -> Prefill:
         if corpus_prefix is None:
-            return self._prefill(self._passage_blocks)
+            return self._prefill(self.passage_blocks)
         tokenizer = self.model.tokenizer
-        prefix_ids = (*tokenizer.bos_ids, *tokenizer.encode(corpus_prefix))
+        text = check_text("the corpus prefix", corpus_prefix)
+        prefix_ids = (*tokenizer.bos_ids, *tokenizer.encode(text))
+        if not prefix_ids:
+            raise InputError("the corpus prefix is empty, and the model has no token to begin with")
         return self._prefill(self._blocks(prefix_ids, self._context_text))
-
-    @cached_property
-    def _passage_blocks(self) -> PlacedBlocks:
-        """Blocks behind the prompt's own prefix; to encode their context each time takes long."""
-        return self._blocks(self._layout.prefix_ids, self._context_text)
 
     def _prefill(self, blocks: PlacedBlocks) -> Prefill:
         return Prefill(

@@ -47,11 +47,15 @@ class ContextChunk:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A prompt within the model's context; `dropped` chunks are not part of it."""
+    """A prompt within the model's context; `dropped` chunks are not part of it.
+
+    blocks: one a chunk of the prompt, whose block is fused.
+    """
 
     prompt: Prompt
     chunks: tuple[ContextChunk, ...]
     dropped: tuple[ContextChunk, ...]
+    blocks: tuple[ChunkBlocks, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,16 +134,28 @@ class Prefill:
                 break
             kept.append(chunk)
         prompt = Prompt.build(
-            prefix_ids,
-            [chunk.token_ids for chunk in kept],
-            question_ids,
-            prefix_match=prefix_ids == self._blocks.first.prefix_ids,
+            prefix_ids, [chunk.token_ids for chunk in kept], question_ids, prefix_match=False
         )
-        return Fitted(prompt, tuple(kept), tuple(chunks[len(kept) :]))
+        return self.placed(prompt, tuple(kept), tuple(chunks[len(kept) :]))
+
+    def placed(
+        self,
+        prompt: Prompt,
+        chunks: tuple[ContextChunk, ...] = (),
+        dropped: tuple[ContextChunk, ...] = (),
+    ) -> Fitted:
+        """The prompt with the block that each chunk's place wants, and whether the first is exact.
+
+        Whose block that is depends on what is stored, so it is asked once a request.
+        """
+        blocks = tuple(self._blocks.choose([span.token_ids for span in prompt.chunks]))
+        first = blocks[0] if blocks else self._blocks.first
+        match = prompt.prefix_ids == first.prefix_ids
+        return Fitted(replace(prompt, prefix_match=match), chunks, dropped, blocks)
 
     def run(
         self,
-        prompt: Prompt,
+        fitted: Fitted,
         strategy: FusionStrategy,
         *,
         new_tokens: int,
@@ -156,7 +172,7 @@ class Prefill:
         """
         if cancelled():
             return None
-        prompt, blocks = self._choose(prompt, strategy)
+        prompt, blocks = fitted.prompt, fitted.blocks
         keys = (kind.key(s.token_ids) for kind, s in zip(blocks, prompt.chunks, strict=True))
         device = self._device if strategy.uses_blocks else None
         with closing(HeldChunks(device, keys, len(prompt.chunks))) as held:
@@ -171,16 +187,6 @@ class Prefill:
                 adapt=adapt,
             )
             return run.execute(self._prefixes, new_tokens, cancelled)
-
-    def _choose(
-        self, prompt: Prompt, strategy: FusionStrategy
-    ) -> tuple[Prompt, Sequence[ChunkBlocks]]:
-        """Whose block of each chunk is fused, and the prompt that says if the first is exact."""
-        blocks: Sequence[ChunkBlocks] = [self._blocks.first] * len(prompt.chunks)
-        if strategy.uses_blocks:
-            blocks = self._blocks.choose([span.token_ids for span in prompt.chunks])
-        first = blocks[0] if blocks else self._blocks.first
-        return replace(prompt, prefix_match=prompt.prefix_ids == first.prefix_ids), blocks
 
 
 class _Run:
@@ -311,8 +317,11 @@ class _Run:
 
     def _recompute(self, index: int) -> list[LayerKV]:
         """All layers of one of the chunks to load."""
-        chunk, begun = self._held.to_load[index], time.perf_counter()
+        chunk = self._held.to_load[index]
         blocks, token_ids = self._blocks[chunk], self._prompt.chunks[chunk].token_ids
+        # What happens once a process tells nothing of the model's speed.
+        blocks.prepare()
+        begun = time.perf_counter()
         block = blocks.compute(token_ids)
         self._controller.computed_alone(
             len(blocks.prefix_ids), len(token_ids), time.perf_counter() - begun

@@ -61,7 +61,7 @@ class Context:
     ) -> Prefilled | None:
         """See `Prefill.run`."""
         prefilled = self._prefill.run(
-            self.fitted.prompt,
+            self.fitted,
             strategy,
             new_tokens=new_tokens,
             adapt=self._adapt,

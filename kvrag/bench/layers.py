@@ -23,7 +23,6 @@ from kvrag.bench.fidelity import FidelityOptions
 from kvrag.bench.frame import show
 from kvrag.bench.intervals import interval, shown
 from kvrag.bench.items import Item, drawn, load_items
-from kvrag.blocks import DEFAULT_CONTEXT, context_ids
 from kvrag.engine import Engine
 from kvrag.fusion.prompt import ChunkSpan, Prompt
 from kvrag.generation.kv_cache import KVCache
@@ -122,14 +121,11 @@ def _item(engine: Engine, line: Item, new_tokens: int) -> _Item:
 
 def _stored(engine: Engine, prompt: Prompt) -> list[tuple[Tensor, Tensor]]:
     """Every chunk computed alone behind what the settings say, K rotated to its place."""
-    decoder, given = engine.model.decoder, engine.settings.corpus_context
-    text, positions = DEFAULT_CONTEXT if given is None else given, decoder.config.max_positions
-    later = (*prompt.prefix_ids, *context_ids(text, engine.model.tokenizer, positions))
+    decoder, blocks = engine.model.decoder, engine.passage_blocks
     prefixes = PrefixCache(decoder)
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in decoder.layers]
     for place, span in enumerate(prompt.chunks):
-        fits = len(later) + len(span.token_ids) <= positions
-        prefix_ids = later if place and fits else prompt.prefix_ids
+        prefix_ids = (blocks.later(span.token_ids) if place else blocks.first).prefix_ids
         length = len(prefix_ids) + len(span.token_ids)
         cache = KVCache(decoder.config, length, dtype=decoder.compute_dtype, device=decoder.device)
         prefixes.fill(cache, prefix_ids)

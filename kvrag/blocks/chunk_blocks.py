@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvrag.errors import PromptTooLongError
 from kvrag.fusion.stream import LayerKV
 from kvrag.generation.kv_cache import KVCache
 from kvrag.generation.prefix_cache import PrefixCache
@@ -79,12 +80,31 @@ class ChunkBlocks:
         reader.close()
         return None
 
+    def prepare(self) -> None:
+        """Have the prefix computed, which happens once; `compute` does it otherwise."""
+        decoder = self._model.decoder
+        cache = KVCache(
+            decoder.config,
+            len(self.prefix_ids),
+            dtype=decoder.compute_dtype,
+            device=decoder.device,
+        )
+        self._prefixes.fill(cache, self.prefix_ids)
+
     def compute(self, token_ids: Sequence[int]) -> Block:
         """The chunk's block, computed alone behind the corpus prefix; the prefix's KV is dropped.
 
         The same bytes on every call on the same machine with the same number of threads.
+
+        Raises:
+            PromptTooLongError: prefix and chunk exceed the model's context.
         """
         decoder = self._model.decoder
+        if not self.fits(token_ids):
+            raise PromptTooLongError(
+                f"a chunk of {len(token_ids)} tokens behind a prefix of {len(self.prefix_ids)} "
+                f"exceeds the model's context, which holds {decoder.config.max_positions}"
+            )
         cache = KVCache(
             decoder.config,
             len(self.prefix_ids) + len(token_ids),

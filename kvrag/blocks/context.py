@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 
+from kvrag.errors import InputError, SettingsError
 from kvrag.models.tokenizer import Tokenizer
 from kvrag.retrieval.chunking import render_chunk
+from kvrag.text import check_text
 
 __all__ = ["DEFAULT_CONTEXT", "context_ids"]
 
-#: Share of the model's positions that the passages may take.
-MOST = 1 / 4
+#: Every chunk is computed behind them, and more than a few hundred bring nothing.
+MOST_TOKENS = 2048
 
 _EMPTY_LINES = re.compile(r"\n\s*\n")
 
@@ -58,19 +60,26 @@ remain with the mainland's government under the treaty of 1921.
 """
 
 
-def context_ids(text: str, tokenizer: Tokenizer, max_positions: int) -> tuple[int, ...]:
-    """Token ids of the passages of `text`, in its order, from the last back as many as may be.
+def context_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Token ids of the passages of `text`; none if it is blank.
 
-    Empty lines, one or more, stand between passages. A passage is taken whole or not at all.
+    Empty lines, one or more, stand between passages. How many ids there are depends on no setting
+    of the model's context: a corpus would lose its blocks by another one.
+
+    Raises:
+        SettingsError: more than `MOST_TOKENS`, or no valid text.
     """
-    kept: list[list[int]] = []
-    room = int(max_positions * MOST)
+    try:
+        check_text("setting 'corpus_context'", text)
+    except InputError as exc:
+        raise SettingsError(str(exc)) from exc
     passages = (passage.strip() for passage in _EMPTY_LINES.split(text))
-    for passage in reversed([passage for passage in passages if passage]):
-        # A title stands on a line of its own, here as in a rendered chunk.
-        token_ids = tokenizer.encode(render_chunk("", passage))
-        room -= len(token_ids)
-        if room < 0:
-            break
-        kept.append(token_ids)
-    return tuple(token_id for token_ids in reversed(kept) for token_id in token_ids)
+    # A title stands on a line of its own, here as in a rendered chunk.
+    rendered = [render_chunk("", passage) for passage in passages if passage]
+    token_ids = tuple(token_id for text in rendered for token_id in tokenizer.encode(text))
+    if len(token_ids) > MOST_TOKENS:
+        raise SettingsError(
+            f"setting 'corpus_context' takes {len(token_ids)} tokens; at most {MOST_TOKENS} are "
+            "allowed, and a few hundred are enough"
+        )
+    return token_ids

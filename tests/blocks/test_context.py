@@ -1,10 +1,11 @@
-"""What chunks are computed behind: whole passages, bounded, the last ones first to be kept."""
+"""What chunks are computed behind: all passages of a text, and not too many."""
 
 from __future__ import annotations
 
 import pytest
 
 from kvrag.blocks import DEFAULT_CONTEXT, context_ids
+from kvrag.errors import SettingsError
 from kvrag.retrieval.chunking import render_chunk
 
 PLOVER = "Silver Plover\nA bird of cold coasts."
@@ -19,8 +20,8 @@ class Bytes:
         return list(text.encode())
 
 
-def context(text: str, positions: int = 10**6) -> str:
-    return bytes(context_ids(text, Bytes(), positions)).decode()
+def context(text: str) -> str:
+    return bytes(context_ids(text, Bytes())).decode()
 
 
 def test_passages_stand_in_their_order_as_chunks_are_rendered():
@@ -33,7 +34,7 @@ def test_passages_stand_in_their_order_as_chunks_are_rendered():
 
 @pytest.mark.parametrize("text", ["", " ", "\n\n", "\n \n\n"])
 def test_no_text_is_no_context(text):
-    assert context_ids(text, Bytes(), 8192) == ()
+    assert context_ids(text, Bytes()) == ()
 
 
 @pytest.mark.parametrize("gap", ["\n\n\n", "\n\n\n\n", "\n \n\n", "\r\n\r\n"])
@@ -42,24 +43,25 @@ def test_more_empty_lines_lose_no_passage(gap):
     assert context(f"\n{PLOVER}{gap}{BARE}\n\n\n") == context(f"{PLOVER}\n\n{BARE}")
 
 
-def test_the_last_passages_that_fit_whole_into_an_eighth_are_kept():
-    passages = [f"Title {n}\n{'x' * (10 + 7 * n)}" for n in range(6)]
-    rendered = [passage + "\n\n" for passage in passages]
-    text = "\n\n".join(passages)
-    for kept in range(len(passages) + 1):
-        expected = "".join(rendered[len(rendered) - kept :])
-        enough = 8 * len(expected)
-        assert context(text, enough) == expected
-        # One token less, and the first of them goes, whole.
-        if kept:
-            assert context(text, enough - 1) == "".join(rendered[len(rendered) - kept + 1 :])
+def test_too_much_is_refused_and_nothing_left_out():
+    most = "x" * (2048 - len("\n\n"))
+    assert context(most) == f"{most}\n\n"
+    for text in (f"{most}x", f"{BARE}\n\n{most}"):
+        with pytest.raises(SettingsError, match="at most 2048"):
+            context(text)
 
 
-def test_a_short_passage_does_not_jump_over_a_long_one():
-    assert context(f"{BARE}\n\n{'x' * 100}", 8 * 60) == ""
+@pytest.mark.parametrize("text", ["\ud800", b"bytes", 7])
+def test_what_is_no_text_is_refused_by_name(text):
+    with pytest.raises(SettingsError, match="corpus_context"):
+        context(text)
 
 
 def test_the_default_is_titled_passages():
     passages = DEFAULT_CONTEXT.strip().split("\n\n")
     assert [len(passage.split("\n")) for passage in passages] == [2] * len(passages)
-    assert context(DEFAULT_CONTEXT) == "".join(f"{passage}\n\n" for passage in passages)
+    rendered = "".join(f"{passage}\n\n" for passage in passages)
+    # As many bytes are no tokens of a real model; of those it has fewer than a quarter.
+    assert len(rendered) < 4 * 2048
+    parts = [context(passage) for passage in passages]
+    assert "".join(parts) == rendered

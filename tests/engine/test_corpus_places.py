@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kvrag import Engine, Settings
-from kvrag.errors import EmptyCorpusError
+from kvrag.errors import EmptyCorpusError, PromptTooLongError, SettingsError
 from kvrag.retrieval import Document
 from tests.tiny import make_tiny_embedder, make_tiny_model
 
@@ -240,7 +240,7 @@ def test_a_corpus_keeps_the_context_that_it_was_made_with(opened, other):
         done = engine.complete()
         assert (done.tokens_computed, done.chunks_stored_before) == (0, 3)
         # Passages have the context of the settings.
-        assert engine._passage_blocks.prefixes[1] != expected
+        assert engine.passage_blocks.prefixes[1] != expected
         assert prefill(engine, passages=PASSAGES[:2]).tiers == ("computed",) * 2
 
 
@@ -291,3 +291,78 @@ def test_two_engines_that_make_a_corpus_at_once_agree_on_its_context(opened, tmp
         for engine in engines:
             assert engine.complete().tokens_computed == 0
             assert prefill(engine, k=3).prompt.prefix_match
+
+
+def test_a_block_that_is_lost_behind_the_choice_leaves_nothing_undeleted(opened, tmp_path):
+    """The run chose anew, computed the other block, and no document's end took that along."""
+    with opened(first_blocks=False) as engine:
+        engine.add(DOCUMENTS)
+        stream = engine.stream(QUESTION, k=2, max_tokens=1, strategy="reuse")
+        later, _ = kinds(engine)
+        engine.store.delete(later.key(engine.retrieve(QUESTION, k=2)[0].chunk.token_ids))
+        for _ in stream:
+            pass
+        assert [source.tier for source in stream.sources] == ["computed", "disk"]
+        assert len(files(tmp_path)) == engine.counts().blocks == 3
+        for document in engine.documents():
+            engine.delete(document.id)
+        assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "own", [{"corpus_context": "Tide\nThe tide is low."}, {"instruction": "Be brief."}]
+)
+def test_who_opened_an_empty_corpus_follows_who_makes_it(opened, tmp_path, own):
+    """A server went on behind its own settings, for which nothing was stored."""
+    with opened(**own) as server:
+        assert server.documents() == []
+        with opened() as maker:
+            maker.add(DOCUMENTS)
+        answer = server.answer(QUESTION, k=2, max_tokens=1, strategy="reuse")
+        assert {source.tier for source in answer.sources} == {"disk"}
+        assert len(files(tmp_path)) == server.counts().blocks == 6
+
+
+def test_another_length_of_the_context_keeps_all_blocks(opened):
+    with opened() as engine:
+        engine.add(DOCUMENTS)
+        expected = kinds(engine)[0].prefix_ids
+    with opened(context_length=256) as engine:
+        assert kinds(engine)[0].prefix_ids == expected
+        assert prefill(engine, k=2).tiers == ("disk",) * 2
+
+
+def test_what_cannot_be_computed_is_refused_by_name(opened):
+    with pytest.raises(SettingsError, match=r"corpus_context.*at most 2048"):
+        opened(corpus_context="lamp " * 3000)
+    with opened(context_length=40) as engine, pytest.raises(PromptTooLongError, match="holds 40"):
+        engine.add(DOCUMENTS)
+
+
+def test_the_context_is_no_part_of_what_a_chunk_is_said_to_cost(opened, monkeypatch):
+    """Its passages are computed once a process; the next chunk was foreseen to take as long."""
+    told = []
+    with opened(
+        corpus_context="The lamps burn oil in the long night of the year.\n\n" * 20
+    ) as engine:
+        controller = type(engine.controller)
+        tell = controller.computed_alone
+
+        def listen(self, prefix, tokens, seconds):
+            told.append(seconds)
+            tell(self, prefix, tokens, seconds)
+
+        monkeypatch.setattr(controller, "computed_alone", listen)
+        appended = []
+        fill = type(engine._prefixes).fill
+
+        def note(self, cache, prefix_ids):
+            appended.append((len(told), len(prefix_ids), done := fill(self, cache, prefix_ids)))
+            return done
+
+        monkeypatch.setattr(type(engine._prefixes), "fill", note)
+        prefill(engine, passages=PASSAGES)
+    assert len(told) == 3
+    # Each prefix is there before the clock of its chunk starts: `compute` finds it.
+    longest = max(length for _, length, _ in appended)
+    assert [done for _, length, done in appended if length == longest] == [False, True, True, True]

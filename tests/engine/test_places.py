@@ -69,7 +69,7 @@ def test_each_place_has_the_kv_of_a_plain_pass_behind_what_it_expects(tiny, tmp_
         prompt = prefill(engine, A, B, C).prompt
         behind = passages_ids(engine, CONTEXT)
         assert behind
-        first, later = (engine._passage_blocks.kinds(())[place] for place in (1, 0))
+        first, later = (engine.passage_blocks.kinds(())[place] for place in (1, 0))
         for place, span in enumerate(prompt.chunks):
             made, other = (later, first) if place else (first, later)
             prefix = [*prompt.prefix_ids, *(behind if place else ())]
@@ -137,7 +137,7 @@ def test_without_a_context_there_is_one_block_a_chunk(folder, tmp_path):
         for passages in ([A, B], [B, A], [B], [A]):
             assert prefill(engine, *passages).prompt.prefix_match
         assert engine.stats().tiers[1].blocks == 2
-        blocks = engine._passage_blocks
+        blocks = engine.passage_blocks
         assert blocks.prefixes[0] == blocks.prefixes[1]
 
 
@@ -149,7 +149,7 @@ def test_passages_are_computed_behind_the_context_of_the_settings(folder, tmp_pa
         prefilled = prefill(engine, A, B)
         assert prefilled.tiers == ("disk", "computed")
         behind = tuple(passages_ids(engine, "Oil\nThe lamps burn oil."))
-        _, later = engine._passage_blocks.prefixes
+        _, later = engine.passage_blocks.prefixes
         assert later == prefilled.prompt.prefix_ids + behind
     with open_engine(folder, home, corpus_context="") as engine:
         assert prefill(engine, A, B).tiers == ("disk", "computed")
@@ -161,7 +161,7 @@ def test_a_chunk_that_the_context_leaves_no_room_for_is_stored_as_a_first_one(ti
     folder = tiny("qwen3", "llama3")
     with open_engine(folder, tmp_path / "home", corpus_context="x" * 50) as engine:
         positions = engine.model.decoder.config.max_positions
-        blocks = engine._passage_blocks
+        blocks = engine.passage_blocks
         prefix = blocks.first.prefix_ids
         context = len(blocks.prefixes[1]) - len(prefix)
         assert context > 10

@@ -125,7 +125,7 @@ class Room:
 
     def run(self, chunks, strategy, *, question=QUESTION, prefix=PREFIX, **options) -> Prefilled:
         prompt = self.prompt(chunks, question, prefix)
-        return self.prefill.run(prompt, strategy, new_tokens=4, **options)
+        return self.prefill.run(self.prefill.placed(prompt), strategy, new_tokens=4, **options)
 
 
 class Recorded(LayerwiseStrategy):

@@ -13,8 +13,9 @@ __all__ = ["Probe", "Probing"]
 
 #: Every so many requests of a kind one loads: at first, and at the rarest.
 SHORTEST, LONGEST = 4, 64
-#: A probe that was faster than foreseen by this share shows that something has become better.
-BETTER = 0.1
+#: A probe that came nearer to full prefill than foreseen by this share shows that something has
+#: become better, and is no noise.
+NEARER = 0.5
 
 
 class Probe(NamedTuple):
@@ -46,7 +47,7 @@ class Probing:
             return  # forgotten while it ran
         if seconds < probe.full_s:
             wait.every = 1  # one measurement far off is doubted: the next one is to confirm it
-        elif seconds < (1 - BETTER) * predicted_s:
+        elif seconds - probe.full_s < (1 - NEARER) * (predicted_s - probe.full_s):
             wait.every = SHORTEST
         else:
             wait.every = min(max(SHORTEST, 2 * wait.every), LONGEST)
