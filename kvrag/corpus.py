@@ -80,6 +80,10 @@ class Corpus:
             embedder=embedder.fingerprint,
         )
 
+    def prepare(self) -> None:
+        """Open embedder and index, which the first search does otherwise."""
+        self._open()
+
     def search(self, question: str, k: int) -> list[ContextChunk]:
         """The `k` nearest chunks, best first."""
         if not self._catalog.counts(self._namespace).chunks:

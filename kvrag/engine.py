@@ -11,6 +11,7 @@ by name.
 from __future__ import annotations
 
 import hashlib
+import logging
 import operator
 import threading
 import time
@@ -56,6 +57,8 @@ from kvrag.text import check_text
 __all__ = ["Engine"]
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 #: Catalog settings that hold what a corpus's chunks are computed behind: the system text, passages.
 _CORPUS_INSTRUCTION, _CORPUS_CONTEXT = "corpus_instruction", "corpus_context"
@@ -344,6 +347,11 @@ class Engine:
         _, _, retriever = self._open_corpus()
         return retriever.retrieve(question, _first(k, self.settings.k), prefetch=prefetch)
 
+    def prepare(self) -> None:
+        """Open what the first question to the corpus would wait for; nothing for an empty one."""
+        if self.counts().chunks:
+            self._open_corpus()[0].prepare()
+
     def documents(self, *, limit: int = 100, offset: int = 0) -> list[StoredDocument]:
         """Documents of the corpus in the order in which they were added."""
         corpus, _, _ = self._open_corpus()
@@ -480,6 +488,12 @@ class Engine:
                     if opened is not None:
                         opened[2].close()
                 self._corpus_made = made_with is not None
+                if made_with is not None and self._corpus_context(made_with) != self._context_text:
+                    _log.warning(
+                        "the corpus in %s keeps the corpus_context that it was made with, which is "
+                        "not the setting's; another home or namespace takes that",
+                        settings.home,
+                    )
             if self._corpus is None:
                 raise RuntimeError("a corpus that was opened is not there")
             return self._corpus

