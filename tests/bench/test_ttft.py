@@ -48,7 +48,7 @@ def test_every_contestant_is_in_the_last_line(engine, capsys):
     result = ttft.run(engine, ttft.TtftOptions(contexts=(72,), **SMALL))
     last = last_line(capsys)
     assert {name: last[name] for name in result} == json.loads(json.dumps(result))
-    names = {"transformers", "full", "reuse", "cacheblend"}
+    names = {"transformers", "full", "reuse", "cacheblend", "true"}
     assert set(last["ttft_s"]) == set(last["decode_ms"]) == names | {"default"}
     assert set(last["speedup_over_full"]) == set(last["tokens_as_full"]) == names
     assert last["default_strategy"] == "cacheblend"
