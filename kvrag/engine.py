@@ -473,30 +473,36 @@ class Engine:
         """The corpus, behind what its maker fixed; until it is made, behind what settings say."""
         self._check_open()
         with self._lock:
-            if self._corpus is None or not self._corpus_made:
-                opened, settings = self._corpus, self.settings
+            opened = self._corpus
+            if opened is None or not self._corpus_made:
                 # The instruction is written last: where there is one, the rest is there.
-                made_with = self._catalog.setting(settings.namespace, _CORPUS_INSTRUCTION)
-                blocks = self._blocks(
-                    self._fixed_layout(made_with or settings.instruction).prefix_ids,
-                    self._corpus_context(made_with),
-                )
-                if opened is None or opened[1].prefixes != blocks.prefixes:
-                    corpus = opened[0] if opened else self._new_corpus()
-                    retriever = KVRetriever(corpus, blocks, self.store.locate)
-                    self._corpus = (corpus, blocks, retriever)
-                    if opened is not None:
-                        opened[2].close()
-                self._corpus_made = made_with is not None
-                if made_with is not None and self._corpus_context(made_with) != self._context_text:
-                    _log.warning(
-                        "the corpus in %s keeps the corpus_context that it was made with, which is "
-                        "not the setting's; another home or namespace takes that",
-                        settings.home,
-                    )
-            if self._corpus is None:
-                raise RuntimeError("a corpus that was opened is not there")
-            return self._corpus
+                made_with = self._catalog.setting(self.settings.namespace, _CORPUS_INSTRUCTION)
+                if opened is None or made_with is not None:
+                    opened = self._corpus = self._corpus_behind(made_with, opened)
+                    self._corpus_made = made_with is not None
+            return opened
+
+    def _corpus_behind(
+        self, made_with: str | None, opened: tuple[Corpus, PlacedBlocks, KVRetriever] | None
+    ) -> tuple[Corpus, PlacedBlocks, KVRetriever]:
+        """`opened`, if its blocks are those of a corpus that was made with this instruction."""
+        settings, context = self.settings, self._corpus_context(made_with)
+        if made_with is not None and context != self._context_text:
+            _log.warning(
+                "the corpus in %s keeps the corpus_context that it was made with, which is not the "
+                "setting's; another home or namespace takes that",
+                settings.home,
+            )
+        layout = self._fixed_layout(made_with or settings.instruction)
+        blocks = self._blocks(layout.prefix_ids, context)
+        if opened is None:
+            corpus = self._new_corpus()
+        elif opened[1].prefixes == blocks.prefixes:
+            return opened
+        else:
+            corpus = opened[0]
+            opened[2].close()
+        return corpus, blocks, KVRetriever(corpus, blocks, self.store.locate)
 
     def _corpus_context(self, made_with: str | None) -> str:
         """A corpus that has its instruction and no context was made when none was known."""
