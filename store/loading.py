@@ -185,7 +185,7 @@ class Loading:
                 reason = exc.reason
             except BlockFormatError as exc:
                 reason = str(exc)
-                self._judge(slot, reason, held=self._header)
+                self._judge(slot, reason, read=(first, last))
             self._unpin()
             self._seek(self._placement.slots.index(slot) + 1)
         self._failure = DamagedBlockError(self.expected.key, name, reason)
@@ -202,25 +202,35 @@ class Loading:
             self._slot.count(bytes_read=nbytes)
         return nbytes
 
-    def _judge(self, slot: Slot, reason: str, *, held: BlockHeader | None = None) -> None:
-        """Quarantine a copy found damaged, unless another was put in its place meanwhile.
+    def _judge(self, slot: Slot, reason: str, *, read: tuple[int, int] | None = None) -> None:
+        """Quarantine a copy found damaged, unless a second look finds it sound.
 
-        `held`: the header that is sound, when it was its segments that were not.
+        It was read without the lock of its key, so another version may have been put in its place
+        meanwhile, even the same one again. `read`: the segments that did not fit a sound header.
         """
         key = self.expected.key
         with self._placement.writing.held(key):
             try:
                 with slot.asked():
-                    header = slot.tier.header(key)
-                damaged = header is not None and (
-                    header == held or self.expected.mismatch(header) is not None
-                )
+                    damaged = self._is_damaged(slot, read)
             except TierError:
                 return
             except BlockFormatError:
                 damaged = True
             if damaged:
                 self._placement.quarantine_held(slot, key, reason)
+
+    def _is_damaged(self, slot: Slot, read: tuple[int, int] | None) -> bool:
+        """Raises `BlockFormatError` for damage that shows when it is read."""
+        key = self.expected.key
+        header = slot.tier.header(key)
+        if header is None or self.expected.mismatch(header) is not None:
+            return header is not None
+        if read is not None and header == self._header:
+            views = slot.tier.segments(key, *read) or []
+            for index, view in enumerate(views, start=read[0]):
+                verify_segment(header, index, view)
+        return False
 
     def _seek(self, start: int) -> None:
         """Settle on the first tier from `start` on that has the block, or on none."""

@@ -381,6 +381,28 @@ def test_each_handle_closes_once_and_the_pin_goes_with_the_last(store, ram, slow
     assert views == list(make_block(1).segments)
 
 
+def test_a_block_replaced_and_put_back_while_it_is_read_is_not_damaged(store, ram, slow):
+    """What was read is of the version between: the copy that lies there by then is sound."""
+    put(store, 1)
+    ram.delete(make_key(1))
+    between = make_block(1, version=1)
+
+    def replaced(key, first, last):
+        del slow.segments  # once
+        RamTier.put(slow, key, between)
+        views = slow.segments(key, first, last)
+        RamTier.put(slow, key, make_block(1))
+        return views
+
+    with open_block(store, 1) as reader:
+        slow.segments = replaced
+        with pytest.raises(DamagedBlockError, match="checksum"):
+            reader.read(0, 1)
+    assert of(store, "slow").damaged == 0
+    with open_block(store, 1) as reader:
+        assert reader.read(0, 2) == list(make_block(1).segments)
+
+
 def test_readers_keep_what_they_have_when_the_block_is_deleted_or_put_again(store):
     put(store, 1)
     with open_block(store, 1) as reader:
