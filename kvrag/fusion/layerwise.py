@@ -283,13 +283,15 @@ class LayerwiseRun(FusionRun):
             return None
         positions = self._positions[:m]
         fresh_k, fresh_v = k[:, :m], v[:, :m]
-        stored_k, stored_v = cache.k[index][:, positions], cache.v[index][:, positions]
+        stored_v = cache.v[index][:, positions]
         if moved:
             change = (fresh_v - stored_v).mean(dim=1, keepdim=True) * self._strategy.drift
             cache.v[index][:, self._candidates.start : self._candidates.stop] += change
-        cache.write(index, self._positions, k, v)
         if not judged:
+            cache.write(index, self._positions, k, v)
             return None
+        stored_k = cache.k[index][:, positions]
+        cache.write(index, self._positions, k, v)
         choice = self._strategy.narrow(
             LayerState(
                 index=index,
