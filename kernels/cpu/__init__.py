@@ -1,4 +1,4 @@
-"""Kernels for CPUs: blocked products of torch, and native code between them where it can run."""
+"""Kernels for CPUs: blocked products of torch, or native code where it can run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import partial
 
 from ..contract import Kernels
 from ..native import Native
-from .attention import BlockedAttention, decode_attention, softmax_rows_
+from .attention import BlockedAttention, decode_attention
 from .rows import copy_or_rotate_into, deviation, gated, rms_norm, rotate_into
 
 __all__ = ["cpu_kernels"]
@@ -14,13 +14,12 @@ __all__ = ["cpu_kernels"]
 
 def cpu_kernels(native: Native | None) -> Kernels:
     """With torch alone, on any device; with `native`, for float32 on the CPU only."""
-    decode = native.decode_attention if native else decode_attention
-    blocked = BlockedAttention(native.softmax_rows_ if native else softmax_rows_, decode)
+    blocked = BlockedAttention(native)
     return Kernels(
         name="native" if native else "cpu",
         attention=blocked.attention,
         attention_received=blocked.attention_received,
-        decode_attention=decode,
+        decode_attention=native.decode_attention if native else decode_attention,
         rotate_into=partial(copy_or_rotate_into, native.rotate_into) if native else rotate_into,
         deviation=deviation,
         rms_norm=native.rms_norm if native else rms_norm,

@@ -3,60 +3,47 @@
 A block of rows sees only the keys from its first row's window up to its last position, so nothing
 is computed for keys that no row of the block may see, and masks are needed at the block's ends
 alone. The rows of a query group are stacked behind their KV head, so K and V are never repeated.
-
-Scores of one block and one KV head are computed in place in one buffer that stays in the cache:
-fresh buffers of that size come from the operating system page by page, which costs more than the
-products do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..contract import DecodeAttention
+from ..native import Native
 from ..shapes import counted_rows, wide_dtype
 
-__all__ = ["BlockedAttention", "SoftmaxRows", "decode_attention", "softmax_rows_"]
+__all__ = ["BlockedAttention", "decode_attention"]
 
 #: Rows a block: scores of a block stay in the cache, and few masked keys are computed.
 BLOCK_ROWS = 64
 
 
-class SoftmaxRows(Protocol):
-    """Softmax of each row over its own columns, in place."""
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Neighbouring rows and all keys that they see.
 
-    def __call__(
-        self,
-        scores: Tensor,
-        first: Tensor,
-        last: Tensor,
-        *,
-        received: Tensor | None = None,
-        counted: range | None = None,
-    ) -> None:
-        """Row r sees the columns `first[i] .. last[i] - 1`, i being r modulo their length.
+    first, last: row i of the block sees the keys `first[i] .. last[i] - 1` of the block's.
+    counted: the rows of the block that count for what keys receive.
+    """
 
-        The others become exactly 0, whatever they hold.
-
-        Args:
-            scores: (rows, columns), columns contiguous.
-            first, last: int64 (period,), ascending, `0 <= first < last <= columns`; the period
-                divides rows.
-            received: (columns,); gets the probabilities of the counted rows added.
-            counted: which i count, if `received` is given; all if None.
-        """
-        ...
+    rows: slice
+    keys: slice
+    first: Sequence[int]
+    last: Sequence[int]
+    counted: range
 
 
 class BlockedAttention:
-    """`Attention` and `AttentionReceived` with a choice of what is done between the products."""
+    """`Attention` and `AttentionReceived`; `native` calculates the blocks if it is given."""
 
-    def __init__(self, softmax_rows_: SoftmaxRows, decode: DecodeAttention) -> None:
-        self._softmax_rows_, self._decode = softmax_rows_, decode
+    def __init__(self, native: Native | None) -> None:
+        self._native = native
+        self._decode: DecodeAttention = native.decode_attention if native else decode_attention
 
     def attention(
         self,
@@ -102,50 +89,71 @@ class BlockedAttention:
     ) -> Tensor:
         """The mixed values; what the `counted` rows give to the keys is added to `received`."""
         heads, n, dim = q.shape
-        kv_heads = k.shape[0]
-        group = heads // kv_heads
-        grouped = (q * (dim**-0.5 if scale is None else scale)).view(kv_heads, group, n, dim)
-        out = q.new_empty(n, kv_heads, group, dim)
-        blocks = list(_blocks(positions.tolist(), window))
-        largest = max(((stop - start) * (end - low) for start, stop, low, end in blocks), default=0)
-        scratch = q.new_empty(group * largest)
-        for start, stop, low, end in blocks:
-            rows = stop - start
-            scores = scratch[: group * rows * (end - low)].view(group * rows, end - low)
-            last = positions[start:stop] + (1 - low)
-            first = torch.zeros_like(last) if window is None else (last - window).clamp_(min=0)
-            giving = range(max(counted.start - start, 0), min(counted.stop - start, rows))
-            place = received[low:end] if received is not None and giving else None
-            for head in range(kv_heads):
-                block = grouped[head, :, start:stop].reshape(group * rows, dim)
-                torch.mm(block, k[head, low:end].t(), out=scores)
-                self._softmax_rows_(scores, first, last, received=place, counted=giving)
-                mixed = torch.mm(scores, v[head, low:end]).view(group, rows, dim)
-                out[start:stop, head] = mixed.transpose(0, 1)
-        return out.view(n, heads * dim)
+        out = q.new_empty(n, heads * dim)
+        scale = dim**-0.5 if scale is None else scale
+        blocks = list(_blocks(positions.tolist(), window, counted))
+        if self._native is None:
+            _multiply(q * scale, k, v, blocks, out, received)
+            return out
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        for block in blocks:
+            place = received[block.keys] if received is not None and block.counted else None
+            self._native.attend(
+                q[:, block.rows], k[:, block.keys], v[:, block.keys], block.first, block.last,
+                out[block.rows], scale=scale, received=place, counted=block.counted,
+            )  # fmt: skip
+        return out
 
 
-def softmax_rows_(
-    scores: Tensor,
-    first: Tensor,
-    last: Tensor,
-    *,
-    received: Tensor | None = None,
-    counted: range | None = None,
+def _multiply(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Sequence[_Block],
+    out: Tensor,
+    received: Tensor | None,
 ) -> None:
-    """See `SoftmaxRows`. Only the ends, where some row sees less than another, need a mask."""
-    by_row = scores.view(-1, len(first), scores.shape[1])
-    nobody_before, somebody_until = int(first[-1]), int(last[0])
+    """All blocks by two products of torch for each KV head; `q` is scaled.
+
+    Scores of one block and one KV head are computed in place in one buffer that stays in the cache:
+    fresh buffers of that size come from the operating system page by page, which costs more than
+    the products do.
+    """
+    (heads, n, dim), kv_heads = q.shape, k.shape[0]
+    group = heads // kv_heads
+    grouped, mixed = q.view(kv_heads, group, n, dim), out.view(n, kv_heads, group, dim)
+    sizes = [(len(block.last), block.keys.stop - block.keys.start) for block in blocks]
+    scratch = q.new_empty(group * max((rows * keys for rows, keys in sizes), default=0))
+    for block, (rows, keys) in zip(blocks, sizes, strict=True):
+        scores = scratch[: group * rows * keys].view(group * rows, keys)
+        for head in range(kv_heads):
+            few = grouped[head, :, block.rows].reshape(group * rows, dim)
+            torch.mm(few, k[head, block.keys].t(), out=scores)
+            _softmax_(scores, block)
+            product = torch.mm(scores, v[head, block.keys]).view(group, rows, dim)
+            mixed[block.rows, head] = product.transpose(0, 1)
+            if received is not None and block.counted:
+                giving = slice(block.counted.start, block.counted.stop)
+                given = scores.view(group, rows, keys)[:, giving]
+                received[block.keys] += given.sum(dim=(0, 1), dtype=received.dtype)
+
+
+def _softmax_(scores: Tensor, block: _Block) -> None:
+    """Of each row (group * rows, keys) over what it sees, in place; the rest becomes exactly 0.
+
+    Only the ends, where some row sees less than another, need a mask.
+    """
+    by_row = scores.view(-1, len(block.last), scores.shape[1])
+    nobody_before, somebody_until = block.first[-1], block.last[0]
     if nobody_before > 0:
+        first = torch.tensor(block.first, device=scores.device)
         columns = torch.arange(nobody_before, device=scores.device)
         by_row[..., :nobody_before].masked_fill_(columns < first[:, None], float("-inf"))
     if somebody_until < scores.shape[1]:
+        last = torch.tensor(block.last, device=scores.device)
         columns = torch.arange(somebody_until, scores.shape[1], device=scores.device)
         by_row[..., somebody_until:].masked_fill_(columns >= last[:, None], float("-inf"))
     torch.softmax(scores, dim=-1, out=scores)
-    if received is not None:
-        giving = slice(None) if counted is None else slice(counted.start, counted.stop)
-        received += by_row[:, giving].sum(dim=(0, 1), dtype=received.dtype)
 
 
 def decode_attention(
@@ -176,8 +184,8 @@ def _block_rows(at: Sequence[int]) -> int:
     return max(16, min(BLOCK_ROWS, len(at) // 8)) if scattered else BLOCK_ROWS
 
 
-def _blocks(at: Sequence[int], window: int | None) -> Iterator[tuple[int, int, int, int]]:
-    """(first row, behind the last row, first key, behind the last key) of each block.
+def _blocks(at: Sequence[int], window: int | None, counted: range) -> Iterator[_Block]:
+    """Blocks of the rows at these positions.
 
     Windows of neighbours in a block touch, so that every key of a block is seen by one of its
     rows: what nobody sees may be undefined, and 0 × NaN would not be 0.
@@ -187,5 +195,8 @@ def _blocks(at: Sequence[int], window: int | None) -> Iterator[tuple[int, int, i
         full = row == len(at) or row - start == most
         if full or (window is not None and at[row] - at[row - 1] > window):
             low = 0 if window is None else max(0, at[start] - window + 1)
-            yield start, row, low, at[row - 1] + 1
+            last = [p + 1 - low for p in at[start:row]]
+            first = [0 if window is None else max(0, end - window) for end in last]
+            giving = range(max(counted.start - start, 0), min(counted.stop, row) - start)
+            yield _Block(slice(start, row), slice(low, at[row - 1] + 1), first, last, giving)
             start = row

@@ -26,15 +26,18 @@ def check(native: Native) -> None:
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=random).to(dtype)
 
-    scores, last = draw(6, 21), torch.tensor([19, 20, 21])
-    hidden = torch.arange(21) >= last.repeat(2)[:, None]
-    expected = (2 * scores).masked_fill(hidden, float("-inf")).softmax(-1)
-    received = torch.zeros(21)
-    native.softmax_rows_(
-        scores, torch.zeros(3, dtype=torch.int64), last, scale=2, received=received
+    # Rows of more than one task, keys of more than one block.
+    q, k, v = draw(6, 15, 13), draw(2, 90, 13), draw(2, 90, 13)
+    at, keys = torch.arange(75, 90), torch.arange(90)
+    hidden = (keys > at[:, None]) | (keys <= at[:, None] - 72)
+    scores = (q.view(2, 45, 13) @ k.transpose(1, 2)).masked_fill(hidden.repeat(3, 1), float("-inf"))
+    weights = scores.softmax(-1)
+    out, received = torch.empty(15, 6, 13), torch.zeros(90)
+    native.attend(
+        q, k, v, range(4, 19), range(76, 91), out, scale=1.0, received=received, counted=range(15)
     )
-    _agree("softmax", scores, expected)
-    _agree("column sums", received, expected.sum(0))
+    _agree("attention", out.transpose(0, 1).reshape(2, 45, 13), weights @ v)
+    _agree("attention received", received, weights.sum((0, 1)))
 
     cos, sin = draw(9, 20), draw(9, 20)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

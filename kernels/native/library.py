@@ -24,15 +24,14 @@ _ROTATE = (c_void_p, *[c_int64] * 5, c_void_p, c_void_p, c_int64, c_void_p, c_in
 _GEMV = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int)
 _GATED = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int)
 _SIGNATURES: dict[str, tuple[type, ...]] = {
-    "softmax_rows": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_float,
-                     c_int),
-    "add_columns": (c_void_p, *[c_int64] * 6, c_void_p, c_int),
     "rotate_into_f32": _ROTATE,
     "rotate_into_bf16": _ROTATE,
     "rotate_into_f16": _ROTATE,
     "rms_norm": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_float, c_void_p, c_int64, c_int),
     "gated_silu": _GATED,
     "gated_gelu_tanh": _GATED,
+    "attend": (*[c_void_p] * 4, *[c_int64] * 4, c_void_p, c_void_p, c_float, c_int64, c_int64,
+               c_void_p, c_void_p, c_void_p, c_int),
     "decode": (c_void_p, *[c_int64] * 4, *[c_void_p] * 6, c_float, c_void_p, c_void_p, c_int),
     "gemv_f32": _GEMV,
     "gemv_bf16": _GEMV,
@@ -66,6 +65,8 @@ def _loaded(folder: Path, compiler: str) -> Native:
         for name, types in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = types, None
+        library.attend_scratch.argtypes = [c_int64] * 5
+        library.attend_scratch.restype = c_int64
         native = Native(library)
     except (OSError, AttributeError, ValueError) as exc:
         raise KernelsUnavailableError(f"{path} cannot be loaded: {exc}") from exc

@@ -103,63 +103,75 @@ class Native:
         self.library = library
         self.decode_piece = ctypes.c_int64.in_dll(library, "decode_piece").value
 
-    def softmax_rows_(
+    def attend(
         self,
-        scores: Tensor,
-        first: Tensor,
-        last: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        first: Sequence[int],
+        last: Sequence[int],
+        out: Tensor,
         *,
-        scale: float = 1.0,
+        scale: float | None = None,
         received: Tensor | None = None,
         counted: range | None = None,
     ) -> None:
-        """Softmax of each row over its own columns, in place.
+        """Softmax attention of rows that each see their own run of keys; all tensors are float32.
 
-        Row r becomes the softmax of `scale` times its columns `first[i] .. last[i] - 1` and exactly
-        0 elsewhere, i being r modulo the length of `first`: rows of several heads may follow one
-        another. The other columns are never read. A probability below 1.2e-38 times the greatest
-        becomes 0; otherwise the relative error is that of a few roundings.
+        Row i sees the keys `first[i] .. last[i] - 1`. Those that no row sees are never read if they
+        lie before the first row's or behind the last row's; between them they may be read, and take
+        no part if they are finite. A weight below 1.2e-38 times the greatest becomes 0; otherwise
+        the relative error is that of a few roundings. K and V are read once for 48 rows of a KV
+        head.
 
         Args:
-            scores: float32 (rows, columns), columns contiguous.
-            first, last: int64 (period,), `0 <= first < last <= columns`; the period divides rows.
-            scale: positive.
-            received: float32 (columns,), contiguous; gets the probabilities of the counted rows
-                added, row after row.
-            counted: which i count; all if None.
+            q: (heads, n, dim); a run of heads / kv_heads heads shares a KV head.
+            k, v: (kv_heads, m, dim).
+            first, last: n of each, ascending, `0 <= first < last <= m`.
+            out: contiguous, n * heads * dim numbers; gets the mixed values (n, heads, dim).
+            scale: multiplies the scores; dim ** -0.5 if None.
+            received: (m,), contiguous; what each key is given, summed over all heads and the
+                counted rows, is added to it.
+            counted: which rows count, without a step; all if None.
         """
-        _check_in_place("scores", scores, 2)
-        rows, columns = scores.shape
-        period = first.shape[0]
-        first, last = first.contiguous(), last.contiguous()
-        if first.dtype is not torch.int64 or last.dtype is not torch.int64:
-            raise ValueError(f"first and last must be int64, got {first.dtype} and {last.dtype}")
-        if first.shape != last.shape or first.ndim != 1 or (rows % period if period else rows):
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            _check_in_place(name, tensor, 3)
+        heads, n, dim = q.shape
+        kv_heads, m = k.shape[:2]
+        if kv_heads == 0 or heads % kv_heads:
+            raise ValueError(f"{heads} heads cannot share {kv_heads} KV heads")
+        if k.shape != v.shape or k.shape[2] != dim:
+            raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must be (.., .., {dim})")
+        fit = len(first) == len(last) == n
+        fit = fit and all(0 <= a < b <= m for a, b in zip(first, last, strict=True))
+        if not fit or any(list(bounds) != sorted(bounds) for bounds in (first, last)):
             raise ValueError(
-                f"first {tuple(first.shape)} and last {tuple(last.shape)} must have one length that"
-                f" divides the {rows} rows"
+                f"first and last must be {n}, ascend, and keep 0 <= first < last <= {m}"
             )
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale}")
-        if rows == 0 or columns == 0:
+        _check("out", out)
+        if out.numel() != n * heads * dim or not out.is_contiguous():
+            raise ValueError(f"out {tuple(out.shape)} must be ({n}, {heads}, {dim}), contiguous")
+        counted = range(n) if counted is None else counted
+        if counted.step != 1 or counted.start < 0 or counted.stop > n:
+            raise ValueError(f"{counted} must be within {n} rows, without a step")
+        if out.numel() == 0:
             return
-        if not bool(((first >= 0) & (first < last) & (last <= columns)).all()):
-            raise ValueError(f"every row needs 0 <= first < last <= {columns}")
-        threads = _threads(scores.numel())
-        stride = scores.stride(0)
-        self.library.softmax_rows(
-            scores.data_ptr(), rows, columns, stride, first.data_ptr(), last.data_ptr(), period,
-            scale, threads,
-        )  # fmt: skip
-        if received is None:
-            return
-        _check_in_place("received", received, 1)
-        if received.shape[0] != columns:
-            raise ValueError(f"received has {received.shape[0]} numbers for {columns} columns")
-        counted = range(period) if counted is None else counted
-        self.library.add_columns(
-            scores.data_ptr(), rows, columns, stride, period, counted.start, counted.stop,
-            received.data_ptr(), threads,
+        begin, keys = first[0], last[-1] - first[0]
+        given = 0
+        if received is not None:
+            _check_in_place("received", received, 1)
+            if received.shape[0] != m:
+                raise ValueError(f"received has {received.shape[0]} numbers for {m} keys")
+            given = received[begin:].data_ptr()
+        shape = (n, heads, kv_heads, dim)
+        scratch = torch.empty(self.library.attend_scratch(*shape, keys if given else 0))
+        strides = [s for x in (q, k, v) for s in x.stride()[:2]]
+        numbers = array("q", [*strides, *first, *last])
+        base = numbers.buffer_info()[0]
+        self.library.attend(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), base, *shape, base + 48, base + 48 + 8 * n,
+            dim**-0.5 if scale is None else scale, counted.start, counted.stop, given or None,
+            scratch.data_ptr(), out.data_ptr(), _threads(2 * kv_heads * dim * keys),
         )  # fmt: skip
 
     def rotate_into(

@@ -25,7 +25,6 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no 
 STORED = (torch.float32, torch.bfloat16, torch.float16)
 THREADS = (1, 2)
 EPS = torch.finfo(torch.float32).eps
-FIRST = torch.zeros(1, dtype=torch.int64)
 
 # The fixture of each test only resets what a test may have changed.
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -75,92 +74,140 @@ def each_thread_count(function):
     return results[0]
 
 
-def softmax(scores, first, last, scale=1.0):
-    """In float64, by the definition."""
-    columns, period = torch.arange(scores.shape[1]), len(first)
-    repeated = [bound.repeat(len(scores) // period)[:, None] for bound in (first, last)]
-    visible = (columns >= repeated[0]) & (columns < repeated[1])
-    return (scores.double() * scale).masked_fill(~visible, -torch.inf).softmax(-1), visible
+def attended(q, k, v, first, last, counted, scale):
+    """In float64, by the definition: what rows mix, what keys receive, which keys each row sees."""
+    q, k, v = q.double(), k.double(), v.double()
+    k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
+    columns = torch.arange(k.shape[1])
+    visible = (columns >= torch.tensor(first)[:, None]) & (columns < torch.tensor(last)[:, None])
+    weights = (scale * q @ k.transpose(1, 2)).masked_fill(~visible, -torch.inf).softmax(-1)
+    received = weights[:, counted.start : counted.stop].sum((0, 1))
+    return (weights @ v).transpose(0, 1).flatten(1), received, visible
 
 
 @given(
-    group=st.integers(1, 4),
-    period=sizes,
-    columns=st.integers(1, 600),
-    seed=seeds,
-    scale=st.sampled_from([0.125, 1.0, 40.0]),
+    n=sizes,
+    keys=st.integers(1, 300),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 8]),
+    dim=st.sampled_from([1, 7, 8, 31, 64, 80, 96]),
+    scale=st.sampled_from([None, 0.3, -1.0]),
     padding=st.integers(0, 9),
+    seed=seeds,
 )
 @RELAXED
-def test_softmax_of_ranges(native, group, period, columns, seed, scale, padding):
+def test_attend(native, n, keys, kv_heads, group, dim, scale, padding, seed):
     generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(0, columns, (period,), generator=generator)
-    last = first + 1 + (torch.rand(period, generator=generator) * (columns - first)).long()
-    last = last.clamp(max=columns)
-    counted = range(seed % period, period - seed % 3 // 2)
-    clean = draw(group * period, columns, seed=seed)
-    expected, visible = softmax(clean, first, last, scale)
-    # What a row does not see may be NaN.
-    given_scores = strided(clean.masked_fill(~visible, torch.nan), padding)
+    first = torch.randint(0, keys, (n,), generator=generator).sort().values
+    wide = torch.rand(n, generator=generator) * (keys - first)
+    last = torch.maximum(first + 1, (first + 1 + wide).long()).clamp(max=keys).cummax(0).values
+    first, last = first.tolist(), last.tolist()
+    counted = range(seed % n, n - seed % 3 // 2)
+    q = strided(draw(n, kv_heads * group, dim, seed=seed), padding).transpose(0, 1)
+    k, v = (strided(draw(kv_heads, keys, dim, seed=seed + i), padding) for i in (1, 2))
+    factor = dim**-0.5 if scale is None else scale
+    mixed, given_to, visible = attended(q, k, v, first, last, counted, factor)
+    # The rounding of a score is relative to it, and is a relative error of its weight.
+    greatest = float((q.abs().amax((0, 1)) * k.abs().amax((0, 1))).sum()) * abs(factor)
+    slack = EPS * (16 + greatest)
+    # Before the first row's keys and behind the last row's anything may stand.
+    k[:, : first[0]], k[:, last[-1] :] = torch.nan, torch.nan
+    v[:, : first[0]], v[:, last[-1] :] = torch.nan, torch.nan
 
     def run():
-        scores, received = given_scores.clone(), torch.ones(columns)
-        native.softmax_rows_(scores, first, last, scale=scale, received=received, counted=counted)
-        return scores, received
+        out, received = torch.full((n, kv_heads * group * dim), torch.nan), torch.ones(keys)
+        options = {"scale": scale, "received": received, "counted": counted}
+        native.attend(q, k, v, first, last, out, **options)
+        alone = torch.empty_like(out)
+        native.attend(q, k, v, first, last, alone, scale=scale)
+        assert torch.equal(alone, out)
+        return out, received
 
-    scores, received = each_thread_count(run)
-    # The scores' own rounding is a relative error as large as they are.
-    slack = 8 * EPS * (1 + 8 * scale)
-    torch.testing.assert_close(scores.double(), expected, rtol=slack, atol=1e-37)
-    assert (scores[~visible] == 0).all()
-    rows = expected.view(group, period, columns)[:, counted.start : counted.stop]
-    torch.testing.assert_close(
-        received.double(), 1 + rows.sum((0, 1)), rtol=slack + group * period * EPS, atol=1e-6
-    )
-
-
-def test_softmax_is_exact_to_two_units_where_scores_are(native):
-    """Over the whole range of e^x: the scores here are numbers that float32 holds exactly."""
-    scores = -torch.arange(0, 87 * 64, dtype=torch.float32)[None] / 64
-    expected, _ = softmax(scores, FIRST, torch.tensor([scores.shape[1]]))
-    native.softmax_rows_(scores, FIRST, torch.tensor([scores.shape[1]]))
-    error = (scores.double() / expected - 1).abs()
-    # x log2 e is rounded, which is relative to x; the polynomial and the sum are the rest.
-    assert (error < EPS * (3 + 0.75 * torch.arange(error.shape[1]) / 64)).all()
+    out, received = each_thread_count(run)
+    torch.testing.assert_close(out.double(), mixed, rtol=slack, atol=4 * slack)
+    torch.testing.assert_close(received.double(), 1 + given_to, rtol=slack, atol=slack)
+    assert (received[~visible[counted.start : counted.stop].any(0)] == 1).all()
+    # A row does not depend on those that it is attended with, but for where its blocks begin.
+    native.attend(q[:, -1:], k, v, first[-1:], last[-1:], out[:1])
+    row, _, _ = attended(q[:, -1:], k.nan_to_num(), v.nan_to_num(), first[-1:], last[-1:],
+                         range(1), dim**-0.5)  # fmt: skip
+    torch.testing.assert_close(out[:1].double(), row, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("columns", [3, 8, 9, 40, 100])
-def test_softmax_of_special_scores(native, columns):
-    def run(row):
-        row = row[None].clone()
-        native.softmax_rows_(row, FIRST, torch.tensor([columns]))
-        return row[0]
+def test_attention_is_exact_to_a_few_units_where_scores_are(native):
+    """Over the whole range of e^x: the scores here are numbers that float32 holds exactly, and each
+    key's value is a dimension of its own in turn."""
+    keys = 87 * 8
+    k = -torch.arange(keys, dtype=torch.float32)[None, :, None] / 8
+    received, out = torch.zeros(keys), torch.empty(1, 1)
+    options = {"scale": 1.0, "received": received}
+    native.attend(torch.ones(1, 1, 1), k, torch.ones_like(k), [0], [keys], out, **options)
+    expected = k.flatten().double().softmax(0)
+    error = (received.double() / expected - 1).abs()
+    # x log2 e is rounded, which is relative to x; the polynomial and the sums are the rest.
+    assert (error < EPS * (6 + torch.arange(keys) / 8)).all()
+    torch.testing.assert_close(out.item(), 1.0)
 
-    plain = draw(columns)
-    for at in (0, columns - 1):
+
+@pytest.mark.parametrize("keys", [3, 64, 65, 200])
+def test_attention_of_special_scores(native, keys):
+    """-inf weighs nothing, also where a whole block is that; NaN stays in its row."""
+    v = draw(1, keys, 8)
+
+    def run(scores):
+        k, out = torch.zeros(1, keys, 8), torch.empty(2, 8)
+        k[0, :, 3] = scores
+        # The other row sees the first key alone.
+        rows = torch.ones(1, 2, 8)
+        native.attend(rows, k, v, [0, 0], [1, keys], out, scale=1.0)
+        if scores[0].isfinite():
+            torch.testing.assert_close(out[0], v[0, 0])
+        return out[1]
+
+    plain = draw(keys, seed=1)
+    for at in (0, keys - 1):
         for special in (torch.nan, torch.inf, -torch.inf, 3e38, -3e38, 1e-42):
-            row = plain.clone()
-            row[at] = special
-            torch.testing.assert_close(run(row), row.softmax(-1), equal_nan=True)
-    hidden = torch.full((columns,), -torch.inf)
+            scores = plain.clone()
+            scores[at] = special
+            torch.testing.assert_close(
+                run(scores), scores.softmax(-1) @ v[0], equal_nan=True, rtol=1e-5, atol=1e-6
+            )
+    # Their distance overflows, which they do not.
+    far = torch.full((keys,), -3e38)
+    far[-1] = 3e38
+    torch.testing.assert_close(run(far), v[0, -1])
+    hidden = torch.full((keys,), -torch.inf)
+    hidden[-1] = -1e30
+    torch.testing.assert_close(run(hidden), v[0, -1])
+    hidden[-1] = -torch.inf
     assert run(hidden).isnan().all()
-    hidden[1] = -1e30
-    assert run(hidden).tolist() == [float(j == 1) for j in range(columns)]
-    assert run(torch.arange(columns) * -200.0).tolist()[1:] == [0.0] * (columns - 1)
 
 
-def test_softmax_refuses_ranges_outside(native):
-    scores = torch.zeros(4, 5)
-    for first, last in [([0], [6]), ([-1], [5]), ([2], [2]), ([0, 0, 0], [1, 1, 1]), ([0], [1, 2])]:
-        with pytest.raises(ValueError, match=r"first|divides"):
-            native.softmax_rows_(scores, torch.tensor(first), torch.tensor(last))
-    with pytest.raises(ValueError, match="scale"):
-        native.softmax_rows_(scores, FIRST, FIRST + 5, scale=0)
+def test_attend_refuses_what_does_not_fit(native):
+    q, k, out = torch.zeros(4, 2, 8), torch.zeros(2, 5, 8), torch.full((2, 32), 7.0)
+    for first, last in [
+        ([0, 0], [1, 6]), ([-1, 0], [5, 5]), ([2, 3], [2, 4]), ([0], [1]), ([1, 0], [2, 2]),
+        ([0, 0], [3, 2]), ([0, 0, 0], [1, 1, 1]),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match="first and last"):
+            native.attend(q, k, k, first, last, out)
+    fits = ([0, 0], [1, 5])
+    with pytest.raises(ValueError, match="share"):
+        native.attend(q[:3], k, k, *fits, out)
+    with pytest.raises(ValueError, match="must be"):
+        native.attend(q, k, k[..., :4], *fits, out)
+    with pytest.raises(ValueError, match="out"):
+        native.attend(q, k, k, *fits, out[:1])
     with pytest.raises(ValueError, match="contiguous"):
-        native.softmax_rows_(scores.t(), FIRST, FIRST + 4)
+        native.attend(q, k.transpose(1, 2), k, *fits, out)
     with pytest.raises(ValueError, match="float64"):
-        native.softmax_rows_(scores.double(), FIRST, FIRST + 5)
-    assert (scores == 0).all()
+        native.attend(q.double(), k, k, *fits, out)
+    with pytest.raises(ValueError, match="received has 4"):
+        native.attend(q, k, k, *fits, out, received=torch.zeros(4))
+    for counted in (range(3), range(0, 2, 2), range(-1, 2)):
+        with pytest.raises(ValueError, match="within 2 rows"):
+            native.attend(q, k, k, *fits, out, counted=counted)
+    assert (out == 7).all()
 
 
 @given(
@@ -421,17 +468,17 @@ def test_int8_weights_are_never_of_a_form_that_native_code_would_misread(values,
 
 def test_two_threads_really_share_large_work(native):
     """Above the size from which work is shared, results are the same, bit for bit."""
-    scores, last = draw(130, 1024), torch.arange(900, 1030).clamp(max=1024)
-    first = torch.zeros(130, dtype=torch.int64)
     x, weight, k = draw(300, 1030), draw(1030, 1030), draw(3, 4000, 64)
     cos, out = draw(4000, 64), torch.empty(3, 4000, 64)
 
     def run():
-        weights, received = scores.clone(), torch.zeros(1024)
-        native.softmax_rows_(weights, first, last, received=received)
+        mixed, received = torch.empty(40, 9, 64), torch.zeros(4000)
         native.rotate_into(k, cos, cos, out, slice(0, 4000))
+        native.attend(
+            draw(9, 40, 64), k, out, [0] * 40, range(3961, 4001), mixed, received=received
+        )
         return (
-            weights,
+            mixed,
             received,
             out.clone(),
             native.rms_norm(x, weight[0], 1e-5),
@@ -445,7 +492,9 @@ def test_two_threads_really_share_large_work(native):
 
 
 def test_nothing_in_nothing_out(native):
-    native.softmax_rows_(torch.empty(0, 4), FIRST[:0], FIRST[:0])
+    native.attend(
+        torch.empty(4, 0, 8), torch.ones(2, 3, 8), torch.ones(2, 3, 8), [], [], torch.empty(0)
+    )
     native.rotate_into(torch.empty(2, 0, 8), None, None, torch.empty(2, 3, 8), slice(1, 1))
     none = torch.empty(0, dtype=torch.int64)
     native.rotate_into(torch.empty(2, 0, 8), None, None, torch.empty(2, 3, 8), none)
@@ -580,7 +629,7 @@ def test_a_folder_that_others_can_write(caplog, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["softmax_rows_", "rotate_into", "rms_norm", "gated", "decode_attention", "gemv"]
+    "name", ["attend", "rotate_into", "rms_norm", "gated", "decode_attention", "gemv"]
 )
 def test_a_kernel_that_calculates_wrongly_is_not_trusted(native, name):
     """The check after loading notices each kernel that is off by a thousandth."""
@@ -591,7 +640,7 @@ def test_a_kernel_that_calculates_wrongly_is_not_trusted(native, name):
 
             def wrong(*args, **options):
                 result = right(*args, **options)
-                written = {"softmax_rows_": 0, "rotate_into": 3}.get(name)
+                written = {"attend": 5, "rotate_into": 3}.get(name)
                 (result if written is None else args[written]).mul_(1.001)
                 return result
 
