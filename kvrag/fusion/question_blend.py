@@ -108,8 +108,8 @@ def _stop(num_layers: int) -> int:
 class Fast(QuestionBlend):
     """The default: lower TTFT and nearer to full prefill than CacheBlend at 15 %."""
 
-    ratio: float = 0.03
-    most_rows: int = 128
+    ratio: float = 0.08
+    most_rows: int = 192
 
     name: ClassVar[str] = "fast"
 

@@ -20,15 +20,11 @@ from tests.cli.conftest import execute, start
 HEAVY = ("torch", "numpy", "pydantic_settings", "rich", "fastapi", "faiss", "tokenizers", "jinja2")
 
 
-def test_help_is_quick_and_light(environment):
-    begun = time.perf_counter()
+def test_help_names_every_command(environment):
     result = execute("--help")
-    elapsed_s = time.perf_counter() - begun
     assert result.code == 0
     for command in ("precompute", "ask", "serve", "model", "store", "config", "bench"):
         assert f"  {command} " in result.out
-    # 0.15 s on an idle machine; the tests share theirs.
-    assert elapsed_s < 2.0
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["ask", "--help"], ["store"]])
