@@ -90,6 +90,7 @@ def run(engine: Engine, options: PipelineOptions) -> dict[str, Any]:
         "range",
         "load ms",
         "stall ms",
+        "foreseen ms",
         "hidden",
         "disk GB/s",
     )
@@ -101,6 +102,7 @@ def run(engine: Engine, options: PipelineOptions) -> dict[str, Any]:
             f"{row['ttft_range_s'][0]:.3f} - {row['ttft_range_s'][1]:.3f}",
             f"{1000 * row['load_s']:.1f}",
             f"{1000 * row['stall_s']:.1f}",
+            _milliseconds(row["predicted_stall_s"]),
             f"{row['hidden']:.0%}",
             f"{row['gb_s']['disk']:.2f} GB/s" if "disk" in row["gb_s"] else "",
         )
@@ -203,10 +205,22 @@ def _row(strategy: str, blocks: str, runs: Sequence[_Run]) -> dict[str, Any]:
         "ttft_range_s": [median([min(ttft)]), median([max(ttft)])],
         "load_s": median([one.load_s for one in filled]),
         "stall_s": median([one.stall_s for one in filled]),
+        "predicted_stall_s": _foreseen([one.control.predicted_stall_s for one in filled]),
+        "predicted_ttft_s": _foreseen([one.control.predicted_ttft_s for one in filled]),
         "hidden": median([_hidden(one) for one in filled]),
         "gb_s": {tier: median(_gb_s(tier, filled)) for tier in tiers},
         "effective_ratio": median([one.effective_ratio for one in filled]),
     }
+
+
+def _foreseen(seconds: Sequence[float | None]) -> float | None:
+    """The median of what the controller foresaw; None while it had measured too little."""
+    known = [one for one in seconds if one is not None]
+    return median(known) if known else None
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:.1f}"
 
 
 def _hidden(filled: Prefilled) -> float:

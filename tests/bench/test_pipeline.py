@@ -37,6 +37,9 @@ def test_every_strategy_from_every_place(folder, tmp_path, capsys):
         assert set(row["gb_s"]) == wanted
         assert 0 <= row["hidden"] <= 1
         assert row["ttft_s"] > 0
+        # The first run of a kind has nothing to go by; one repetition has no second.
+        assert row["predicted_stall_s"] is None or row["predicted_stall_s"] >= 0
+    assert any(row["predicted_ttft_s"] for row in rows.values())
     assert result["context_tokens"] == 96
     assert result["storage_gb_s"] > 0
 
