@@ -2,9 +2,9 @@
 
 A CPU without bfloat16 arithmetic calculates in float32, but reading float32 weights for every
 decoded token is twice the memory traffic that bfloat16 weights need, and decoding is bound by it.
-There the weights are packed as float16 for FBGEMM, which multiplies them in float32: half the
-memory, decoding up to three times faster, prefill as fast. float16 holds every bfloat16 number
-between 2**-14 and 65,504 exactly; smaller ones are rounded by at most 2**-25.
+There native code packs the weights as they are, and widens them as it multiplies: half the memory,
+and prefill as fast. Without native code they are packed as float16 for FBGEMM. float16 holds every
+bfloat16 number between 2**-14 and 65,504 exactly; smaller ones are rounded by at most 2**-25.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .native import Int8Weights, Native
+from .native import Int8Weights, Native, Panels
 
 __all__ = ["Linear", "OneRow", "linear", "row_major"]
 
@@ -31,12 +31,17 @@ class Linear(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-def linear(weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype) -> Linear:
+def linear(
+    weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype, native: Native | None = None
+) -> Linear:
     """The fastest product with `weight` (out, in) that keeps its precision.
 
-    `weight` has the stored dtype; float32 and float64 weights are never rounded.
+    `weight` has the stored dtype; float32 and float64 weights are never rounded. `native`: for
+    float32 on the CPU.
     """
     wide = None if bias is None else bias.to(compute_dtype)
+    if native is not None and weight.dtype in (torch.bfloat16, torch.float16):
+        return Panels(native, weight, wide)
     if _packs(weight, compute_dtype):
         return _Packed(weight, wide)
     return _Dense(weight.to(compute_dtype), wide)
@@ -50,7 +55,7 @@ def row_major(weight: Tensor, compute_dtype: torch.dtype, native: Native | None)
     """
     if native is None or weight.dtype not in (torch.bfloat16, torch.float16):
         return linear(weight, None, compute_dtype)
-    return OneRow(native, weight, _WhenNeeded(weight, compute_dtype))
+    return OneRow(native, weight, _WhenNeeded(native, weight))
 
 
 class OneRow:
@@ -68,17 +73,17 @@ class OneRow:
 
 
 class _WhenNeeded:
-    """`linear`, made by the first call."""
+    """`Panels`, made by the first call."""
 
-    def __init__(self, weight: Tensor, compute_dtype: torch.dtype) -> None:
-        self._weight, self._compute_dtype = weight, compute_dtype
+    def __init__(self, native: Native, weight: Tensor) -> None:
+        self._native, self._weight = native, weight
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._product(x)
 
     @cached_property
     def _product(self) -> Linear:
-        return linear(self._weight, None, self._compute_dtype)
+        return Panels(self._native, self._weight)
 
 
 class _Dense:

@@ -9,6 +9,7 @@ from .layers import LayerParts, LayersShape, NativeLayers, Product
 from .library import load
 from .memory import empty_huge
 from .operations import Int8Weights, Native
+from .panels import Panels
 
 __all__ = [
     "Int8Weights",
@@ -16,6 +17,7 @@ __all__ = [
     "LayersShape",
     "Native",
     "NativeLayers",
+    "Panels",
     "Product",
     "empty_huge",
     "load",

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import KernelsUnavailableError
 from .layers import LayerParts, LayersShape, NativeLayers, Product
 from .operations import INT8_GROUP, Int8Weights, Native
+from .panels import Panels
 
 __all__ = ["check"]
 
@@ -51,6 +52,8 @@ def check(native: Native) -> None:
             continue
         weight, row = draw(5, 77, dtype=dtype), draw(1, 77)
         _agree("gemv", native.gemv(weight, row), row @ weight.float().t())
+        weight, rows, bias = draw(37, 300, dtype=dtype) / 8, draw(15, 300), draw(37)
+        _agree("gemm", Panels(native, weight, bias)(rows), rows @ weight.float().t() + bias)
 
     weight, row = draw(5, 2 * INT8_GROUP), draw(1, 2 * INT8_GROUP)
     int8 = Int8Weights.of(weight)

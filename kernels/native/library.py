@@ -22,6 +22,7 @@ _logger = logging.getLogger(__name__)
 _ROTATE = (c_void_p, *[c_int64] * 5, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p,
            c_int64, c_int64, c_int)  # fmt: skip
 _GEMV = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int)
+_GEMM = (c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int)
 _GATED = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int)
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "rotate_into_f32": _ROTATE,
@@ -37,6 +38,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "gemv_bf16": _GEMV,
     "gemv_f16": _GEMV,
     "gemv_i8": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int),
+    "gemm_bf16": _GEMM,
+    "gemm_f16": _GEMM,
     "layers": (*[c_void_p] * 5, c_int64, c_int64, c_void_p, c_int),
 }  # fmt: skip
 

@@ -100,7 +100,7 @@ class Decoder:
             rope, norms = self._rope(ropes, layer), self._norms(weights, index)
             projections = self._projections(weights, index)
             full = {
-                name: linear(p.weight, p.bias, self.compute_dtype)
+                name: linear(p.weight, p.bias, self.compute_dtype, native)
                 for name, p in projections.items()
             }
             self.layers.append(Layer(index, config, rope, norms, full, self.kernels))
