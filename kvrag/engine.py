@@ -32,6 +32,7 @@ from kvrag.fusion import FusionStrategy, Prompt, create
 from kvrag.fusion.controller import Controller
 from kvrag.fusion.device import DeviceCache, DeviceLoading
 from kvrag.generation.graph import GraphedDecoding
+from kvrag.generation.kv_memory import KVMemory
 from kvrag.generation.params import GenerationParams
 from kvrag.generation.prefix_cache import PrefixCache
 from kvrag.models.forward import extend
@@ -98,6 +99,7 @@ class Engine:
         )
         self._codec = codec(settings.codec)
         self._prefixes = PrefixCache(self.model.decoder)
+        self._kv_memory = KVMemory()
         self.controller = Controller(self.model.decoder)
         self._on_device = DeviceLoading.of(self.model.decoder.device, settings.device_bytes)
         self._graphed = GraphedDecoding(self.model.decoder) if device.type == "cuda" else None
@@ -399,6 +401,7 @@ class Engine:
                 self._corpus[2].close()
             if self.device_cache is not None:
                 self.device_cache.clear()
+            self._kv_memory.close()
             self._catalog.close()
             self.store.close()
 
@@ -599,7 +602,13 @@ class Engine:
 
     def _prefill(self, blocks: PlacedBlocks) -> Prefill:
         return Prefill(
-            self.model, self._layout, blocks, self._prefixes, self.controller, self._on_device
+            self.model,
+            self._layout,
+            blocks,
+            self._prefixes,
+            self.controller,
+            self._on_device,
+            self._kv_memory,
         )
 
     def _filled(self, context: Context, strategy: FusionStrategy, new_tokens: int) -> Prefilled:

@@ -20,6 +20,7 @@ from kvrag.fusion.device import DeviceLoading, HeldChunks
 from kvrag.fusion.prompt import Prompt
 from kvrag.fusion.stream import BlockStream, LayerKV, LoadingCancelled, TierRead
 from kvrag.generation.kv_cache import KVCache
+from kvrag.generation.kv_memory import KVMemory
 from kvrag.generation.prefix_cache import PrefixCache
 from kvrag.models.source import Model
 from kvrag.prompting import PromptLayout
@@ -102,11 +103,15 @@ class Prefill:
         prefixes: PrefixCache,
         controller: Controller,
         device: DeviceLoading | None = None,
+        memory: KVMemory | None = None,
     ) -> None:
-        """`device`: None where K and V are used where they load, which is on the CPU."""
+        """`device`: None where K and V are used where they load, which is on the CPU.
+
+        `memory`: of the requests' caches; see `KVCache`.
+        """
         self._model, self._layout, self._blocks = model, layout, blocks
         self._prefixes, self._controller = prefixes, controller
-        self._device = device
+        self._device, self._memory = device, memory
 
     def fit(self, question: str, chunks: Sequence[ContextChunk], new_tokens: int) -> Fitted:
         """Lay the prompt out; the last chunks, which score lowest, are dropped until it fits.
@@ -184,6 +189,7 @@ class Prefill:
                 strategy,
                 held,
                 self._controller,
+                self._memory,
                 adapt=adapt,
             )
             return run.execute(self._prefixes, new_tokens, cancelled)
@@ -201,12 +207,14 @@ class _Run:
         strategy: FusionStrategy,
         held: HeldChunks,
         controller: Controller,
+        memory: KVMemory | None,
         *,
         adapt: bool,
     ) -> None:
         self._model, self._blocks, self._codec = model, blocks, codec
         self._prompt, self._held = prompt, held
         self._strategy, self._controller, self._adapt = strategy, controller, adapt
+        self._memory = memory
         self._warnings: list[str] = []
 
     def execute(
@@ -220,6 +228,7 @@ class _Run:
             prompt.length + new_tokens,
             dtype=decoder.compute_dtype,
             device=decoder.device,
+            memory=self._memory,
         )
         try:
             with ExitStack() as opened:

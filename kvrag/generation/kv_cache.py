@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from kvrag.kernels.native import empty_huge
+from kvrag.generation.kv_memory import KVMemory
 from kvrag.models.config import ModelConfig
 
 __all__ = ["KVCache"]
@@ -20,14 +18,25 @@ class KVCache:
     views of `kv`, (layers, 2, kv_heads, capacity, head_dim), which is one allocation in huge pages
     where there are any: those are written and read faster, but are taken whole, so that a roomy
     cache may take all of its memory when its first positions are written. What lies behind `length`
-    is undefined. Not thread-safe: a cache belongs to one running request.
+    is undefined, and may be what another request left there: a position that was not written is
+    never read. Not thread-safe: a cache belongs to one running request.
+
+    Args:
+        memory: where the memory comes from and goes back to, on the CPU; None keeps none of it.
     """
 
     def __init__(
-        self, config: ModelConfig, capacity: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        memory: KVMemory | None = None,
     ) -> None:
+        self._memory = KVMemory(0) if memory is None else memory
         shape = (config.num_layers, 2, config.num_kv_heads, max(1, capacity), config.head_dim)
-        self._take(_empty(shape, dtype, device))
+        self._take(self._empty(shape, dtype, device))
         self.length = 0
 
     @property
@@ -47,7 +56,7 @@ class KVCache:
             return
         old = self.kv
         shape = (*old.shape[:3], max(length, self.capacity * 3 // 2), old.shape[4])
-        self._take(_empty(shape, old.dtype, old.device))
+        self._take(self._empty(shape, old.dtype, old.device))
         self.kv[..., : self.length, :] = old[..., : self.length, :]
 
     def write(self, layer: int, positions: Tensor | slice, k: Tensor, v: Tensor) -> None:
@@ -68,8 +77,7 @@ class KVCache:
         self.kv = kv
         self.k, self.v = list(kv[:, 0]), list(kv[:, 1])
 
-
-def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return empty_huge(shape, dtype)
-    return torch.empty(shape, dtype=dtype, device=device)
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        if device.type == "cpu":
+            return self._memory.empty(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=device)

@@ -462,3 +462,27 @@ def test_a_ratio_among_the_strategys_options_is_stronger_than_the_setting(tmp_pa
         named = ask(engine, strategy="cacheblend:ratio=0.25")
         default = ask(engine, strategy="cacheblend")
     assert (named.report.control.ratio, default.report.control.ratio) == (0.25, 0.5)
+
+
+# ---- memory that requests pass on ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2-window"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_an_answer_never_shows_what_another_request_left(tiny, tmp_path, family, dtype):
+    """The KV cache's memory goes from request to request, whoever they are, and is not cleared."""
+    passages = [f"{n} lamps burn at the keeper's house in Karsk." for n in range(6)]
+    with open_engine(tiny(family), tmp_path / "home", dtype=dtype) as engine:
+        ask(engine, passages=passages)
+        for strategy in strategy_names():
+            answers = []
+            for byte in (0, 255):  # Zeros and NaN.
+                idle = {piece.data_ptr(): piece for piece in engine._kv_memory._idle}
+                for piece in idle.values():
+                    piece.fill_(byte)
+                answers.append(ask(engine, passages=passages, strategy=strategy).token_ids)
+                used = {piece.data_ptr() for piece in engine._kv_memory._idle}
+                assert idle
+                assert idle.keys() == used
+            assert answers[0] == answers[1]
+    assert engine._kv_memory.idle_bytes == 0
