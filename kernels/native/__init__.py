@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from .chunks import PlacedChunk, put_chunks
 from .layers import LayerParts, LayersShape, NativeLayers, Product
 from .library import load
 from .memory import empty_huge
@@ -18,7 +19,9 @@ __all__ = [
     "Native",
     "NativeLayers",
     "Panels",
+    "PlacedChunk",
     "Product",
     "empty_huge",
     "load",
+    "put_chunks",
 ]

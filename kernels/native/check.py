@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import KernelsUnavailableError
+from .chunks import put_chunks
 from .layers import LayerParts, LayersShape, NativeLayers, Product
 from .operations import INT8_GROUP, Int8Weights, Native
 from .panels import Panels
@@ -48,6 +49,11 @@ def check(native: Native) -> None:
         swapped = torch.cat((wide[..., 10:20], wide[..., :10]), -1)
         turned = wide[..., :20] * cos[[1, 4, 8]] + swapped * sin[[1, 4, 8]]
         _agree("rotate_into", out[:, [1, 4, 8]], torch.cat((turned, wide[..., 20:]), -1))
+        k, v = torch.zeros(2, 9, 26), torch.zeros(2, 9, 26)
+        chunks = [(row, row, at) for row, at in zip(torch.split(x, 1, 1), (1, 4, 8), strict=True)]
+        put_chunks(native, chunks, (cos, sin), k, v)
+        _agree("K of chunks", k, out)
+        _agree("V of chunks", v[:, [1, 4, 8]], wide)
         if dtype is torch.float32:
             continue
         weight, row = draw(5, 77, dtype=dtype), draw(1, 77)

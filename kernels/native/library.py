@@ -28,6 +28,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "rotate_into_f32": _ROTATE,
     "rotate_into_bf16": _ROTATE,
     "rotate_into_f16": _ROTATE,
+    "put_chunks": (c_void_p, *[c_int64] * 3, c_void_p, c_void_p, c_int64,
+                   *[c_void_p, c_int64, c_int64] * 2, c_int),
     "rms_norm": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_float, c_void_p, c_int64, c_int),
     "gated_silu": _GATED,
     "gated_gelu_tanh": _GATED,

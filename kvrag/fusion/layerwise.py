@@ -263,10 +263,9 @@ class LayerwiseRun(FusionRun):
         layer, cache = self._decoder.layers[index], self._cache
         visible = layer.first_visible(first)
         spans = self._prompt.chunks[self._first_chunks[index] :]
-        for span, (k, v) in zip(spans, self._layers.next_layer(), strict=True):
-            if visible < span.end:
-                place = slice(span.start, span.end)
-                layer.put(k, v, cache.k[index], cache.v[index], place)
+        stored = zip(spans, self._layers.next_layer(), strict=True)
+        seen = [(k, v, span.start) for span, (k, v) in stored if visible < span.end]
+        layer.put_chunks(seen, cache.k[index], cache.v[index])
         self._pulled = index + 1
 
     def _place(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:

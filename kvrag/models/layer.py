@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvrag.kernels import Activation, Kernels, Linear
+from kvrag.kernels.native import PlacedChunk, put_chunks
 from kvrag.models.config import ModelConfig
 from kvrag.models.rope import Rope
 
@@ -75,6 +76,17 @@ class Layer:
         else:
             self._rope.rotate_into(k, into_k, positions)
         self._kernels.rotate_into(v, None, None, into_v, positions)
+
+    def put_chunks(self, chunks: Sequence[PlacedChunk], into_k: Tensor, into_v: Tensor) -> None:
+        """`put` for many chunks, each at positions that follow one another from a first one."""
+        native = self._kernels.native
+        if native is None:
+            for k, v, start in chunks:
+                self.put(k, v, into_k, into_v, slice(start, start + k.shape[1]))
+            return
+        end = max((start + k.shape[1] for k, _, start in chunks), default=0)
+        tables = None if self._rope is None else self._rope.tables(end)
+        put_chunks(native, chunks, tables, into_k, into_v)
 
     def first_visible(self, position: int) -> int:
         """The first position that a row at `position` sees."""

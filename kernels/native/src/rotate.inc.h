@@ -20,6 +20,21 @@ INLINE void NAMED(widen)(const ELEM *x, int64_t n, float *out) {
     for (; j < n; j++) out[j] = ONE(x + j);
 }
 
+/* Tokens from .. to - 1 of one chunk's K and V, of all heads: a stretch's tables serve them all. */
+static void NAMED(put)(const chunk_t *c, const placed_t *p, int64_t from, int64_t to) {
+    for (int64_t head = 0; head < p->heads; head++)
+        for (int64_t i = from; i < to; i++) {
+            int64_t at = c->start + i;
+            const ELEM *k = (const ELEM *)c->k + head * c->k_head + i * c->k_token;
+            float *out = p->k + head * p->k_head + at * p->k_token;
+            if (p->rotary)
+                NAMED(turn)(k, p->cos + at * p->rotary, p->sin + at * p->rotary, p->rotary, out);
+            NAMED(widen)(k + p->rotary, p->dim - p->rotary, out + p->rotary);
+            NAMED(widen)((const ELEM *)c->v + head * c->v_head + i * c->v_token, p->dim,
+                         p->v + head * p->v_head + at * p->v_token);
+        }
+}
+
 /* x: (heads, n, dim); out: (heads, capacity, dim); token i goes to position at[i], or start + i
    without `at`. cos, sin: (positions, rotary), contiguous; rotary 0 widens alone. */
 EXPORT void NAMED(rotate_into)(const ELEM *x, int64_t heads, int64_t n, int64_t dim,
