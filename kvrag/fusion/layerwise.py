@@ -10,11 +10,6 @@ there.
 Which rows are present may be known on the device alone, and asking it would wait for all that it
 has to do. So the walk is planned from what is known before: the candidates, and how many rows stay.
 
-A chunk that was computed alone differs from the same chunk behind others in a way that is much the
-same for all its tokens. A strategy may let the computed rows tell the rest (`drift`): in each layer
-the stored V of tokens that are not computed moves by a share of the mean difference between fresh
-and stored.
-
 A strategy may ask the question first: the question's rows alone go through the first layers over
 the stored KV, and what each context token receives of their attention tells which rows begin. The
 pass over the rows finds these layers in the cache already.
@@ -25,7 +20,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -82,10 +76,6 @@ class LayerState:
 @dataclass(frozen=True, slots=True)
 class LayerwiseStrategy(FusionStrategy):
     """Which context rows begin, and which of them go on behind each layer."""
-
-    #: Stored V of tokens that are not computed moves by this share of the mean difference between
-    #: fresh and stored of those that are.
-    drift: ClassVar[float] = 0.0
 
     def candidates(self, prompt: Prompt) -> range:
         """Positions of the context rows that may be computed: those that may need repair."""
@@ -275,21 +265,12 @@ class LayerwiseRun(FusionRun):
         """
         index, cache, m = self._layer, self._cache, self._num_context
         num_layers = len(self._decoder.layers)
-        judged = m > 0 and self._strategy.judges(index, num_layers)
-        moved = 0 < m < len(self._candidates) and index > 0 and self._strategy.drift > 0
-        if not judged and not moved:
+        if not m or not self._strategy.judges(index, num_layers):
             cache.write(index, self._positions, k, v)
             return None
         positions = self._positions[:m]
         fresh_k, fresh_v = k[:, :m], v[:, :m]
-        stored_v = cache.v[index][:, positions]
-        if moved:
-            change = (fresh_v - stored_v).mean(dim=1, keepdim=True) * self._strategy.drift
-            cache.v[index][:, self._candidates.start : self._candidates.stop] += change
-        if not judged:
-            cache.write(index, self._positions, k, v)
-            return None
-        stored_k = cache.k[index][:, positions]
+        stored_k, stored_v = cache.k[index][:, positions], cache.v[index][:, positions]
         cache.write(index, self._positions, k, v)
         choice = self._strategy.narrow(
             LayerState(

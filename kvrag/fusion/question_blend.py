@@ -1,6 +1,6 @@
-"""The presets `fast` and `true`: few rows, chosen by the question, that teach the rest.
+"""The presets `fast` and `true`: few rows, chosen by the question.
 
-Four things make a recomputed row worth more than CacheBlend's (measurements: docs/fusion.md).
+Three things make a recomputed row worth more than CacheBlend's (measurements: docs/fusion.md).
 
 1. The question says where the cache matters (ProphetKV), the deviation where it is wrong: twice as
    many rows as wanted begin, those of highest question attention, and soon the half goes on for
@@ -8,8 +8,6 @@ Four things make a recomputed row worth more than CacheBlend's (measurements: do
 2. The attention is that of the middle layers, from a third to five sixths of the depth. The first
    ones look at neighbours, the last ones at the answer.
 3. Rows stop at five sixths of the depth: what the last layers hold of the context hardly matters.
-4. In each layer V of the tokens that are not computed moves by half of the mean difference of those
-   that are (`LayerwiseStrategy.drift`). It is common to all that the chunk had been alone.
 """
 
 from __future__ import annotations
@@ -47,7 +45,6 @@ class QuestionBlend(LayerwiseStrategy):
 
     most_rows: int = 0
 
-    drift: ClassVar[float] = 0.5
     tunable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

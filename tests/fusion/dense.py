@@ -163,16 +163,12 @@ class Dense:
         begin: Sequence[int],
         choose: Choose,
         *,
-        drift: float = 0.0,
-        drifting: Sequence[int] = (),
         received: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
         """The last row's logits, and the final rotated K and V of all positions of every layer.
 
         The third is bool (layers, positions): which keys some row saw. The others do not matter.
         Context rows at the positions `begin` begin; `choose` says which go on behind each layer.
-        Behind layer 0, stored V at the positions `drifting` moves by `drift` times the mean
-        difference between fresh and stored of the rows that are present.
         """
         ids = [*prefix, *(token for chunk in chunks for token in chunk), *question]
         question_start, everywhere = len(ids) - len(question), list(range(len(ids)))
@@ -192,15 +188,9 @@ class Dense:
         seen = torch.zeros(len(self.layers), len(ids), dtype=torch.bool)
         for index in range(len(self.layers)):
             q, k, v = self.project(index, x)
-            if drift and index and context and len(context) < len(drifting):
-                m, stored_v = len(context), cache[index][1]
-                change = (v[:, :m] - stored_v[:, context]).mean(dim=1, keepdim=True)
-                moved_v = stored_v[:, drifting] + drift * change
             q, k = self.rotate(index, q, rows), self.rotate(index, k, rows)
             stored = cache[index][1][:, rows]
             deviation = ((v - stored) ** 2).sum(dim=(0, 2))[: len(context)]
-            if drift and index and context and len(context) < len(drifting):
-                cache[index][1][:, drifting] = moved_v
             cache[index][0][:, rows], cache[index][1][:, rows] = k, v
             kept = choose(index, context, deviation)
             assert set(kept) <= set(context)

@@ -138,10 +138,6 @@ class Recorded(LayerwiseStrategy):
 
     name: ClassVar[str] = "recorded"
 
-    @property
-    def drift(self) -> float:
-        return self.inner.drift
-
     def candidates(self, prompt: Prompt) -> range:
         return self.inner.candidates(prompt)
 

@@ -22,8 +22,6 @@ def run_both(room, dense, strategy, prefix=PREFIX):
     """A run, and the same by the reference with the rows that the run chose."""
     recorded = Recorded(strategy)
     prefilled = room.run(CHUNKS, recorded, prefix=prefix)
-    prompt = room.prompt(CHUNKS, QUESTION, prefix)
-    candidates = list(strategy.candidates(prompt))
 
     def choose(layer, positions, deviations):
         return recorded.kept.get(layer, positions)
@@ -35,8 +33,6 @@ def run_both(room, dense, strategy, prefix=PREFIX):
         QUESTION,
         recorded.begun,
         choose,
-        drift=strategy.drift,
-        drifting=candidates,
     )
     return prefilled, recorded, expected
 
@@ -115,8 +111,6 @@ def test_rows_are_those_of_highest_attention_times_deviation(tiny, cls):
         QUESTION,
         recorded.begun,
         choose,
-        drift=strategy.drift,
-        drifting=candidates,
     )
     scores = {p: attention[p] * seen[1][p] for p in recorded.begun}
     half = sorted(recorded.begun, key=lambda position: -scores[position])[: wanted // 2]
