@@ -21,6 +21,9 @@ __all__ = ["BlockedAttention", "decode_attention"]
 
 #: Rows a block: scores of a block stay in the cache, and few masked keys are computed.
 BLOCK_ROWS = 64
+#: Native code has blocks of its own in these and skips what a few neighbouring rows do not see;
+#: they bound the memory that it takes.
+NATIVE_BLOCK_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,9 @@ class BlockedAttention:
         heads, n, dim = q.shape
         out = q.new_empty(n, heads * dim)
         scale = dim**-0.5 if scale is None else scale
-        blocks = list(_blocks(positions.tolist(), window, counted))
+        at = positions.tolist()
+        most = NATIVE_BLOCK_ROWS if self._native else _block_rows(at)
+        blocks = list(_blocks(at, window, counted, most))
         if self._native is None:
             _multiply(q * scale, k, v, blocks, out, received)
             return out
@@ -184,13 +189,13 @@ def _block_rows(at: Sequence[int]) -> int:
     return max(16, min(BLOCK_ROWS, len(at) // 8)) if scattered else BLOCK_ROWS
 
 
-def _blocks(at: Sequence[int], window: int | None, counted: range) -> Iterator[_Block]:
-    """Blocks of the rows at these positions.
+def _blocks(at: Sequence[int], window: int | None, counted: range, most: int) -> Iterator[_Block]:
+    """Blocks of at most so many of the rows at these positions.
 
     Windows of neighbours in a block touch, so that every key of a block is seen by one of its
     rows: what nobody sees may be undefined, and 0 × NaN would not be 0.
     """
-    start, most = 0, _block_rows(at)
+    start = 0
     for row in range(1, len(at) + 1):
         full = row == len(at) or row - start == most
         if full or (window is not None and at[row] - at[row - 1] > window):

@@ -70,7 +70,7 @@ def _loaded(folder: Path, compiler: str) -> Native:
         for name, types in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = types, None
-        library.attend_scratch.argtypes = [c_int64] * 5
+        library.attend_scratch.argtypes = [*[c_int64] * 5, c_int]
         library.attend_scratch.restype = c_int64
         native = Native(library)
     except (OSError, AttributeError, ValueError) as exc:

@@ -164,14 +164,15 @@ class Native:
                 raise ValueError(f"received has {received.shape[0]} numbers for {m} keys")
             given = received[begin:].data_ptr()
         shape = (n, heads, kv_heads, dim)
-        scratch = torch.empty(self.library.attend_scratch(*shape, keys if given else 0))
+        threads = _threads(2 * kv_heads * dim * keys)
+        scratch = torch.empty(self.library.attend_scratch(*shape, keys if given else 0, threads))
         strides = [s for x in (q, k, v) for s in x.stride()[:2]]
         numbers = array("q", [*strides, *first, *last])
         base = numbers.buffer_info()[0]
         self.library.attend(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), base, *shape, base + 48, base + 48 + 8 * n,
             dim**-0.5 if scale is None else scale, counted.start, counted.stop, given or None,
-            scratch.data_ptr(), out.data_ptr(), _threads(2 * kv_heads * dim * keys),
+            scratch.data_ptr(), out.data_ptr(), threads,
         )  # fmt: skip
 
     def rotate_into(

@@ -8,6 +8,9 @@
    The bounds of blocks depend on the rows' keys alone, and each number is summed in one order
    whatever stands in the other lanes. So the result depends on no thread count. */
 #include "exported.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #define BLOCK 64
 /* Products have tiles of TALL by 3 vectors: that many sums and factors fit into 16 registers. */
@@ -181,9 +184,10 @@ static void give(const rows_t *r, const float *weights, const float *tops, int64
     }
 }
 
-/* Floats that a task of so many rows needs; `keys`: how many, where what they receive is wanted. */
+/* Floats that a thread needs for tasks of at most so many rows; `keys`: how many, where what they
+   receive is wanted. */
 static int64_t scratch_of(int64_t room, int64_t dim, int64_t keys) {
-    int64_t kept = keys ? (keys + BLOCK - 1) / BLOCK * (BLOCK + 1) * room + ROOM(keys) : 0;
+    int64_t kept = (keys + BLOCK - 1) / BLOCK * (BLOCK + 1) * room;
     return room * (dim + ROOM(dim) + 5) + BLOCK * room + kept;
 }
 
@@ -203,11 +207,11 @@ static int64_t room_of(int64_t rows) {
     return (vectors + tasks - 1) / tasks * LANES;
 }
 
-/* Numbers of scratch that `attend` needs. */
+/* Numbers of scratch that `attend` needs; keys: 0 where nobody asks what they receive. */
 EXPORT int64_t attend_scratch(int64_t n, int64_t heads, int64_t kv_heads, int64_t dim,
-                              int64_t keys) {
+                              int64_t keys, int threads) {
     int64_t rows = n * (heads / kv_heads);
-    return kv_heads * tasks_of(rows) * scratch_of(room_of(rows), dim, keys);
+    return threads * scratch_of(room_of(rows), dim, keys) + kv_heads * tasks_of(rows) * keys;
 }
 
 /* q: (heads, n, dim); k, v: (kv_heads, tokens, dim), last dimensions contiguous; the others are
@@ -222,13 +226,17 @@ EXPORT void attend(const float *q, const float *k, const float *v, const int64_t
     int64_t group = heads / kv_heads, begin = first[0], end = last[n - 1], keys = end - begin;
     int64_t parts = tasks_of(n * group), most = room_of(n * group);
     int64_t apart = scratch_of(most, dim, received ? keys : 0);
-    int64_t given = apart - ROOM(keys);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+    float *given = scratch + threads * apart; /* (tasks, keys) */
+    /* Tasks of later rows see more keys. */
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t task = 0; task < kv_heads * parts; task++) {
         int64_t head = task / parts, start = start_of(task % parts, parts, n * group);
         int64_t rows = start_of(task % parts + 1, parts, n * group) - start, room = ROOM(rows);
         int64_t kept = (keys + BLOCK - 1) / BLOCK * BLOCK * room;
-        float *at = scratch + task * apart;
+        float *at = scratch;
+#ifdef _OPENMP
+        at += omp_get_thread_num() * apart;
+#endif
         rows_t r = {.rows = rows, .room = room, .dim = dim, .wide = ROOM(dim)};
         r.q = at, at += dim * room;
         r.mixed = at, at += r.wide * room;
@@ -266,10 +274,10 @@ EXPORT void attend(const float *q, const float *k, const float *v, const int64_t
         if (received) {
             int64_t a = from * group - start, b = to * group - start;
             give(&r, weights, tops, begin, end, a > 0 ? a : 0, b < r.rows ? b : r.rows,
-                 scratch + task * apart + given);
+                 given + task * keys);
         }
     }
     if (received)
         for (int64_t task = 0; task < kv_heads * parts; task++)
-            for (int64_t j = 0; j < keys; j++) received[j] += scratch[task * apart + given + j];
+            for (int64_t j = 0; j < keys; j++) received[j] += given[task * keys + j];
 }
