@@ -28,9 +28,6 @@ typedef struct {
 #include "rotate.inc.h"
 #undef TYPE
 
-/* Positions whose cosines and sines stay in the L1 cache for all heads. */
-#define STRETCH 32
-
 /* Each chunk's K, rotated, and V to their positions. */
 EXPORT void put_chunks(const chunk_t *chunks, int64_t count, int64_t heads, int64_t dim,
                        const float *cos, const float *sin, int64_t rotary, float *k, int64_t k_head,
@@ -38,12 +35,9 @@ EXPORT void put_chunks(const chunk_t *chunks, int64_t count, int64_t heads, int6
     placed_t p = {heads, dim, rotary, cos, sin, k, v, k_head, k_token, v_head, v_token};
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t c = 0; c < count; c++)
-        for (int64_t from = 0; from < chunks[c].n; from += STRETCH) {
-            int64_t to = chunks[c].n - from < STRETCH ? chunks[c].n : from + STRETCH;
-            switch (chunks[c].kind) {
-                case 0: put_f32(chunks + c, &p, from, to); break;
-                case 1: put_bf16(chunks + c, &p, from, to); break;
-                default: put_f16(chunks + c, &p, from, to);
-            }
+        switch (chunks[c].kind) {
+            case 0: put_f32(chunks + c, &p); break;
+            case 1: put_bf16(chunks + c, &p); break;
+            default: put_f16(chunks + c, &p);
         }
 }

@@ -20,10 +20,9 @@ INLINE void NAMED(widen)(const ELEM *x, int64_t n, float *out) {
     for (; j < n; j++) out[j] = ONE(x + j);
 }
 
-/* Tokens from .. to - 1 of one chunk's K and V, of all heads: a stretch's tables serve them all. */
-static void NAMED(put)(const chunk_t *c, const placed_t *p, int64_t from, int64_t to) {
+static void NAMED(put)(const chunk_t *c, const placed_t *p) {
     for (int64_t head = 0; head < p->heads; head++)
-        for (int64_t i = from; i < to; i++) {
+        for (int64_t i = 0; i < c->n; i++) {
             int64_t at = c->start + i;
             const ELEM *k = (const ELEM *)c->k + head * c->k_head + i * c->k_token;
             float *out = p->k + head * p->k_head + at * p->k_token;
