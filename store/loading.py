@@ -5,6 +5,7 @@ This is the one place where segments are checked against their checksums.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from .slot import Slot
 
 __all__ = ["Expected", "Fetched", "Loading"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +209,8 @@ class Loading:
         """Quarantine a copy found damaged, unless a second look finds it sound.
 
         It was read without the lock of its key, so another version may have been put in its place
-        meanwhile, even the same one again. `read`: the segments that did not fit a sound header.
+        meanwhile, even the same one again; else the tier erred once, which is counted. `read`: the
+        segments that did not fit a sound header.
         """
         key = self.expected.key
         with self._placement.writing.held(key):
@@ -219,6 +223,11 @@ class Loading:
                 damaged = True
             if damaged:
                 self._placement.quarantine_held(slot, key, reason)
+            elif read is not None:
+                slot.count(errors=1)
+                _log.warning(
+                    "block %s in tier %s: %s, but not when read again", key, slot.name, reason
+                )
 
     def _is_damaged(self, slot: Slot, read: tuple[int, int] | None) -> bool:
         """Raises `BlockFormatError` for damage that shows when it is read."""

@@ -122,4 +122,6 @@ def test_caches_pass_their_memory_on(tiny):
     grown = first.nbytes
     del first
     assert memory.idle_bytes == nbytes + grown
-    assert cache(18).nbytes < nbytes
+    smaller = cache(18)
+    assert smaller.nbytes < nbytes
+    assert memory.idle_bytes == grown

@@ -149,6 +149,18 @@ def test_attention_is_exact_to_a_few_units_where_scores_are(native):
     torch.testing.assert_close(out.item(), 1.0)
 
 
+@pytest.mark.parametrize("keys", [100, 8000])
+def test_attention_does_not_lose_precision_with_length(native, keys):
+    """What each block of keys adds must not be off in one direction."""
+    q, k, v = draw(6, 17, 64), draw(2, keys, 64, seed=1), draw(2, keys, 64, seed=2)
+    first, last = [0] * 17, list(range(keys - 16, keys + 1))
+    out = torch.empty(17, 6 * 64)
+    native.attend(q, k, v, first, last, out)
+    mixed, _, _ = attended(q, k, v, first, last, range(17), 64**-0.5)
+    error = (out.double() - mixed.reshape(17, -1)).norm() / mixed.norm()
+    assert error < 8 * EPS
+
+
 @pytest.mark.parametrize("keys", [3, 64, 65, 200])
 def test_attention_of_special_scores(native, keys):
     """-inf weighs nothing, also where a whole block is that; NaN stays in its row."""

@@ -29,7 +29,8 @@ INLINE f32x8 held(f32x8 x) {
 }
 
 /* c[i][j] = sum over k < depth of a[i * a_i + k * a_k] * b[k * b_k + j], for `tall` i and `wide`
-   vectors of j; added to what is there if `more`. tall, wide and more are constants. */
+   vectors of j; added to what is there if `more`, at the end: sums of sums lose less than one long
+   sum. tall, wide and more are constants. */
 INLINE void tile(int tall, int wide, int more, const float *a, int64_t a_i, int64_t a_k,
                  const float *b, int64_t b_k, float *c, int64_t c_i, int64_t depth) {
     f32x8 acc[TALL][3];
@@ -37,7 +38,7 @@ INLINE void tile(int tall, int wide, int more, const float *a, int64_t a_i, int6
     for (int i = 0; i < tall; i++)
 #pragma GCC unroll 3
         for (int j = 0; j < wide; j++)
-            acc[i][j] = more ? load_f32(c + i * c_i + j * LANES) : splat(0);
+            acc[i][j] = splat(0);
     for (int64_t k = 0; k < depth; k++) {
         f32x8 right[3];
 #pragma GCC unroll 3
@@ -52,7 +53,10 @@ INLINE void tile(int tall, int wide, int more, const float *a, int64_t a_i, int6
 #pragma GCC unroll 4
     for (int i = 0; i < tall; i++)
 #pragma GCC unroll 3
-        for (int j = 0; j < wide; j++) store_f32(c + i * c_i + j * LANES, acc[i][j]);
+        for (int j = 0; j < wide; j++) {
+            float *at = c + i * c_i + j * LANES;
+            store_f32(at, more ? load_f32(at) + acc[i][j] : acc[i][j]);
+        }
 }
 
 /* `tile` for any number of vectors. A tile of one waits for its sums, so none is left over. */
@@ -121,14 +125,16 @@ INLINE void weigh(const rows_t *r, int64_t lane, float *x, int64_t n, int64_t ke
     /* Where all is -inf, each weighs 0. */
     f32x8 below = choose(m[0] == none, splat(0), m[0]);
     const f32x8 log2_e = splat(LOG2_E);
-    f32x8 shrink = exp2_f32((before - below) * log2_e), total = load_f32(r->total + lane) * shrink;
+    /* Exactly 1 where the greatest stays: what is off by a bit would be so once a block. */
+    f32x8 shrink = choose(before == below, splat(1), exp2_f32((before - below) * log2_e));
+    f32x8 total = splat(0);
     for (j = 0; j < n; j++) {
         f32x8 e = exp2_f32((load_f32(x + j * room) - below) * log2_e);
         store_f32(x + j * room, e);
         total += e;
     }
     store_f32(r->shrink + lane, shrink);
-    store_f32(r->total + lane, total);
+    store_f32(r->total + lane, load_f32(r->total + lane) * shrink + total);
 }
 
 /* The rows see n keys, of which `key` is the first. s: (n, room); holds their weights then. */
@@ -157,9 +163,11 @@ static void see(const rows_t *r, const float *k, int64_t k_token, const float *v
     for (int64_t i = from; i < to; i += TALL)
         band(TALL, 1, s + i, 1, room, v, v_token, r->mixed + i * r->wide, r->wide, n, whole);
     for (int64_t d = whole * LANES; d < r->dim; d++)
-        for (int64_t i = from; i < to; i++)
-            for (j = 0; j < n; j++)
-                r->mixed[i * r->wide + d] += s[j * room + i] * v[j * v_token + d];
+        for (int64_t i = from; i < to; i++) {
+            float mine = 0;
+            for (j = 0; j < n; j++) mine += s[j * room + i] * v[j * v_token + d];
+            r->mixed[i * r->wide + d] += mine;
+        }
 }
 
 /* given[j] = what the rows from .. to - 1 give to key begin + j. weights: (end - begin, room), as

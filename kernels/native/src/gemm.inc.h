@@ -1,11 +1,12 @@
-/* y[r] += x[r] w for so many rows (a constant) and the outputs of one panel; y: (rows, PANEL). */
+/* y[r] += x[r] w for so many rows (a constant) and the outputs of one panel; y: (rows, PANEL). What
+   was there is added at the end: sums of sums lose less than one long sum. */
 INLINE void NAMED(tile)(int rows, const float *x, int64_t x_row, const ELEM *w, int64_t depth,
                         float *y) {
     f32x8 acc[TALL][2];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) acc[r][j] = load_f32(y + r * PANEL + j * LANES);
+        for (int j = 0; j < 2; j++) acc[r][j] = splat(0);
     for (int64_t k = 0; k < depth; k++) {
         f32x8 left, right;
         NAMED(panel)(w + k * PANEL, &left, &right);
@@ -19,7 +20,10 @@ INLINE void NAMED(tile)(int rows, const float *x, int64_t x_row, const ELEM *w, 
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) store_f32(y + r * PANEL + j * LANES, acc[r][j]);
+        for (int j = 0; j < 2; j++) {
+            float *at = y + r * PANEL + j * LANES;
+            store_f32(at, load_f32(at) + acc[r][j]);
+        }
 }
 
 static void NAMED(group)(int64_t rows, const float *x, int64_t x_row, const ELEM *w, int64_t depth,
