@@ -7,20 +7,12 @@ import torch
 
 from kvrag.kernels import linear
 from kvrag.kernels.linear import row_major
-from kvrag.kernels.native import Panels, load
+from kvrag.kernels.native import Panels
 
 needs_fbgemm = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines,
     reason="this CPU or this build of torch has no FBGEMM",
 )
-
-
-@pytest.fixture(scope="module")
-def native(pytestconfig):
-    native = load(pytestconfig.cache.mkdir("kvrag-kernels"))
-    if native is None:
-        pytest.skip("native code cannot be compiled here")
-    return native
 
 
 def numbers(*shape, seed=0, dtype=torch.float32):

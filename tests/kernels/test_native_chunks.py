@@ -6,15 +6,7 @@ import pytest
 import torch
 
 from kvrag.kernels import reference
-from kvrag.kernels.native import load, put_chunks
-
-
-@pytest.fixture(scope="module")
-def native(pytestconfig):
-    native = load(pytestconfig.cache.mkdir("kvrag-kernels"))
-    if native is None:
-        pytest.skip("native code cannot be compiled here")
-    return native
+from kvrag.kernels.native import put_chunks
 
 
 def draw(*shape, seed=0, dtype=torch.float32):

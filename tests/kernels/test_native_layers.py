@@ -18,23 +18,14 @@ from kvrag.kernels.native import (
     LayersShape,
     NativeLayers,
     Product,
-    load,
 )
 
 KINDS = ("float32", "bfloat16", "float16", "int8")
 NORMS = ("before_attention", "q", "k", "after_attention", "before_mlp", "after_mlp")
 
 
-@pytest.fixture(scope="module")
-def native(pytestconfig):
-    native = load(pytestconfig.cache.mkdir("kvrag-kernels"))
-    if native is None:
-        pytest.skip("native code cannot be compiled here")
-    return native
-
-
 def test_the_kept_folder_is_the_one_of_the_settings(pytestconfig):
-    """Or the fixture above compiled for itself what the other tests keep."""
+    """Or the fixture compiled for itself what the other tests keep."""
     kept = pytestconfig.cache.mkdir("kvrag-kernels")
     assert Settings().kernels_dir.resolve() == kept.resolve()
 
