@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import threading
 
 import pytest
 import torch
 
 from kvrag.generation.kv_cache import KVCache
 from kvrag.generation.kv_memory import KVMemory
+from tests.store.doubles import in_threads
 
 CPU = torch.device("cpu")
 
@@ -95,11 +95,7 @@ def test_threads_never_get_the_same_memory():
             if not bool((mine == number).all()):
                 wrong.append(number)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(4, work)
     assert not wrong
     # Each thread holds one while it asks for the next.
     assert 0 < memory.idle_bytes <= 2 * 4 * 4096
