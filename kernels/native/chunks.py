@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .operations import LEAST_SHARED, Native
+from .operations import Native, threads_for
 
 __all__ = ["PlacedChunk", "put_chunks"]
 
@@ -92,5 +92,5 @@ def put_chunks(
         native.library.put_chunks(
             numbers.buffer_info()[0], len(chunks), heads, dim, *pointers, rotary,
             into_k.data_ptr(), *into_k.stride()[:2], into_v.data_ptr(), *into_v.stride()[:2],
-            1 if total < LEAST_SHARED else torch.get_num_threads(),
+            threads_for(total),
         )  # fmt: skip

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..contract import Activation
 
-__all__ = ["Int8Weights", "Native"]
+__all__ = ["Int8Weights", "Native", "threads_for"]
 
 #: Numbers read or written below which a second thread costs more than it brings.
 LEAST_SHARED = 1 << 16
@@ -164,7 +164,7 @@ class Native:
                 raise ValueError(f"received has {received.shape[0]} numbers for {m} keys")
             given = received[begin:].data_ptr()
         shape = (n, heads, kv_heads, dim)
-        threads = _threads(2 * kv_heads * dim * keys)
+        threads = threads_for(2 * kv_heads * dim * keys)
         scratch = torch.empty(self.library.attend_scratch(*shape, keys if given else 0, threads))
         strides = [s for x in (q, k, v) for s in x.stride()[:2]]
         numbers = array("q", [*strides, *first, *last])
@@ -214,7 +214,7 @@ class Native:
         getattr(self.library, f"rotate_into_{_SUFFIXES[x.dtype]}")(
             x.data_ptr(), heads, n, dim, x.stride(0), x.stride(1), *tables, rotary,
             None if at is None else at.data_ptr(), start,
-            out.data_ptr(), out.stride(0), out.stride(1), _threads(x.numel()),
+            out.data_ptr(), out.stride(0), out.stride(1), threads_for(x.numel()),
         )  # fmt: skip
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -229,7 +229,7 @@ class Native:
         if x.numel():
             self.library.rms_norm(
                 rows.data_ptr(), rows.shape[0], size, rows.stride(0), weight.data_ptr(), eps,
-                out.data_ptr(), size, _threads(x.numel()),
+                out.data_ptr(), size, threads_for(x.numel()),
             )  # fmt: skip
         return out
 
@@ -245,7 +245,7 @@ class Native:
         if out.numel():
             function(
                 rows.data_ptr(), n, size, rows.stride(0), out.data_ptr(), size,
-                _threads(rows.numel()),
+                threads_for(rows.numel()),
             )  # fmt: skip
         return out
 
@@ -311,7 +311,7 @@ class Native:
         work = 2 * kv_heads * dim * sum(e - b for b, e in zip(first, lengths, strict=True))
         self.library.decode(
             rows.data_ptr(), n, heads, kv_heads, dim, *starts, scale, states.data_ptr(),
-            out.data_ptr(), _threads(work),
+            out.data_ptr(), threads_for(work),
         )  # fmt: skip
         return out
 
@@ -336,7 +336,11 @@ class Native:
             if bias.shape[0] != outputs:
                 raise ValueError(f"bias has {bias.shape[0]} numbers for {outputs} outputs")
         x, out = _rows(x), torch.empty(1, outputs)
-        tail = (None if bias is None else bias.data_ptr(), out.data_ptr(), _threads(values.numel()))
+        tail = (
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            threads_for(values.numel()),
+        )
         if isinstance(weight, Int8Weights):
             self.library.gemv_i8(
                 x.data_ptr(), values.data_ptr(), weight.scales.data_ptr(), inputs, outputs,
@@ -351,7 +355,8 @@ class Native:
         return out
 
 
-def _threads(numbers: int) -> int:
+def threads_for(numbers: int) -> int:
+    """How many threads work on so many numbers that are read or written."""
     return 1 if numbers < LEAST_SHARED else torch.get_num_threads()
 
 

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .operations import LEAST_SHARED, Native
+from .operations import Native, threads_for
 
 __all__ = ["Panels"]
 
@@ -57,7 +57,7 @@ class Panels:
             self._gemm(
                 x.data_ptr(), n, x.stride(0), self._panels.data_ptr(), self._inputs, self._outputs,
                 None if self._bias is None else self._bias.data_ptr(), out.data_ptr(),
-                1 if self._panels.numel() < LEAST_SHARED else torch.get_num_threads(),
+                threads_for(self._panels.numel()),
             )  # fmt: skip
         return out
 
