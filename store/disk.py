@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 from .block import BlockHeader, decode_header, header_region_nbytes
 from .buffers import aligned_buffer
 from .errors import BlockFormatError, TierError, TierFullError
-from .file_index import FileIndex
 from .files import make_folders, sync_folder, write_all
 from .header import ALIGNMENT
+from .header_cache import HeaderCache
 from .layout import Layout, open_temporary, remove_if_abandoned
 from .tier import StoredBlock, Tier, check_key, segment_range, split_segments
 
@@ -32,13 +32,14 @@ if TYPE_CHECKING:
 __all__ = ["DiskTier"]
 
 _QUARANTINE_FILES = 16
+_TOUCH_GRAIN_S = 3600.0
 
 
 class DiskTier(Tier):
     """Blocks under `root`. Segments it returns are in memory of their own.
 
-    The constructor makes the root, removes what a crash left half written, and lists the blocks.
-    Raises `TierError` if the root cannot be used.
+    The constructor makes the root and removes what a crash left half written. Raises `TierError` if
+    the root cannot be used. Nothing is kept in memory of the files but some headers.
     """
 
     durable = True
@@ -46,7 +47,7 @@ class DiskTier(Tier):
     def __init__(self, root: Path | str, name: str = "disk") -> None:
         self.name = name
         self._layout = Layout(Path(root))
-        self._index = FileIndex()
+        self._headers = HeaderCache()
         self._durable_folders: set[Path] = set()
         self._closed = False
         with self._outages():
@@ -55,9 +56,6 @@ class DiskTier(Tier):
             for key, entry in self._layout.walk():
                 if key is None:
                     remove_if_abandoned(entry)
-                    continue
-                with contextlib.suppress(FileNotFoundError):
-                    self._index.note(key, entry.stat(follow_symlinks=False))
 
     def header(self, key: BlockKey) -> BlockHeader | None:
         with self._opened(key) as descriptor:
@@ -68,7 +66,7 @@ class DiskTier(Tier):
             if descriptor is None:
                 return None
             # Only offsets are taken from a header kept: the bytes are checked by the reader.
-            header = self._index.header(key, os.fstat(descriptor))
+            header = self._headers.get(key, os.fstat(descriptor))
             if header is None:
                 header = self._read_header(key, descriptor)
             start, end = segment_range(header, first, last)
@@ -83,29 +81,23 @@ class DiskTier(Tier):
                 write_all(descriptor, [memoryview(block.header_bytes), *block.segments])
                 os.fsync(descriptor)
                 os.replace(temporary, path)
-                status = os.fstat(descriptor)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
             finally:
                 os.close(descriptor)
-            self._index.note(key, status)
             sync_folder(path.parent)
 
     def delete(self, key: BlockKey) -> bool:
         with self._outages():
-            found = _unlink(self._layout.path(key))
-        self._index.forget(key)
-        return found
+            return _unlink(self._layout.path(key))
 
     def contains(self, key: BlockKey) -> bool:
         with self._outages():
             try:
-                status = self._layout.path(key).lstat()
+                self._layout.path(key).lstat()
             except FileNotFoundError:
-                self._index.forget(key)
                 return False
-        self._index.note(key, status)
         return True
 
     def keys(self, tag: str | None = None) -> Iterator[BlockKey]:
@@ -113,13 +105,17 @@ class DiskTier(Tier):
             return iter([key for key, _ in self._layout.walk(tag) if key is not None])
 
     def entries(self) -> list[StoredBlock]:
-        with self._outages():
-            return self._index.entries()
+        now_s = time.time()
+        by_age = sorted(self._statuses(), key=lambda found: found[1].st_mtime)
+        return [
+            StoredBlock(key, status.st_size, max(0.0, now_s - status.st_mtime))
+            for key, status in by_age
+        ]
 
     @property
     def nbytes(self) -> int:
-        with self._outages():
-            return self._index.nbytes
+        """Sum of the sizes of the encoded blocks held: looks at every file."""
+        return sum(status.st_size for _, status in self._statuses())
 
     def quarantine(self, key: BlockKey) -> None:
         """Move the file aside. The newest 16 are kept, so that a flood cannot fill the disk."""
@@ -130,18 +126,26 @@ class DiskTier(Tier):
                 os.replace(self._layout.path(key), aside)
             for old in sorted(os.listdir(folder))[:-_QUARANTINE_FILES]:
                 _unlink(folder / old)
-        self._index.forget(key)
 
     def touch(self, key: BlockKey) -> None:
         """Set the file's modification time, at most once an hour."""
-        now_s = time.time()
-        if self._index.used(key, now_s):
-            with contextlib.suppress(OSError):  # a read-only root serves all the same
-                os.utime(self._layout.path(key), (now_s, now_s))
+        now_s, path = time.time(), self._layout.path(key)
+        with contextlib.suppress(OSError):  # a read-only root serves all the same
+            if now_s - path.stat().st_mtime >= _TOUCH_GRAIN_S:
+                os.utime(path, (now_s, now_s))
 
     def close(self) -> None:
         self._closed = True
-        self._index.clear()
+        self._headers.clear()
+
+    def _statuses(self) -> list[tuple[BlockKey, os.stat_result]]:
+        found = []
+        with self._outages():
+            for key, entry in self._layout.walk():
+                if key is not None:
+                    with contextlib.suppress(FileNotFoundError):
+                        found.append((key, entry.stat(follow_symlinks=False)))
+        return found
 
     @contextlib.contextmanager
     def _outages(self) -> Iterator[None]:
@@ -158,8 +162,6 @@ class DiskTier(Tier):
     def _opened(self, key: BlockKey) -> Iterator[int | None]:
         with self._outages():
             descriptor = _open(self._layout.path(key))
-            if descriptor is None:
-                self._index.forget(key)
             try:
                 yield descriptor
             finally:
@@ -170,7 +172,6 @@ class DiskTier(Tier):
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise BlockFormatError("what lies in the block's place is no file")
-        self._index.note(key, status)
         head = _read(descriptor, 0, ALIGNMENT)
         region = header_region_nbytes(head)
         if region > ALIGNMENT:
@@ -180,7 +181,7 @@ class DiskTier(Tier):
             raise BlockFormatError(
                 f"the block takes {header.nbytes} bytes, the file has {status.st_size}"
             )
-        self._index.keep_header(key, status, header)
+        self._headers.keep(key, status, header)
         return header
 
     def _open_temporary(self, path: Path) -> tuple[int, Path]:

@@ -1,45 +1,75 @@
-"""The books of one tier: which blocks it holds, how many bytes, and which may go.
+"""The books of one tier: which blocks it holds, how many bytes, whose, and which may go.
 
     reserve(key, nbytes) -> Reservation | None   room for a write; names the victims to delete
         evicted(reservation, victim)               one victim is deleted
         commit(reservation)                        the write landed
         abort(reservation)                         it did not; victims not deleted are back
     pin(key) -> Receipt | None, unpin(receipt)   a pinned block is no victim
-    protect(key), unprotect(key)                 nor is a protected one
+    stand(key, standing)                         nor is one that is kept
     touch(key), remove(key), adopt(key, nbytes)
+    idle(), is_idle(key)                         what nobody used for the time to live
 
 The ledger moves no bytes: who asks deletes and writes, and no lock is held meanwhile. `used_nbytes`
 is at every instant the sum of the entries and the open reservations, and never above the limit; but
 a ledger that starts with more than the limit (it was lowered) keeps it until room is needed, since
-only then is it known what is protected. At most one reservation a key is open at a time; the caller
-sees to it.
+only then is it known what must stay. The same holds for the quota of each namespace. At most one
+reservation a key is open at a time; the caller sees to it.
+
+Who exceeds the quota makes room from blocks of the same namespace alone. A reserved share of the
+limit is for blocks that a corpus refers to: down to it, they give way to their like only.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+import time
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from .eviction import Policy, lru
+from .entries import Entry, Pool, Standing
+from .eviction import Lru, Policy
+from .keys import BlockKey, packed, unpacked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
-    from .keys import BlockKey
+__all__ = ["Entry", "Ledger", "Limits", "Receipt", "Reservation", "Standing"]
 
-__all__ = ["Entry", "Ledger", "Receipt", "Reservation"]
+#: Entries moved to another place instead of being evicted, for one victim. A longer search would
+#: evict better, and make somebody wait.
+_MOST_SPARED = 32
+#: Keys remembered by a policy that wants it: as many as there are entries, but within these bounds.
+_REMEMBERED = (1024, 65536)
+_MOST_NUMBERS = 4096
 
 
-@dataclass(slots=True)
-class Entry:
-    """One block: its size, who holds it, and the count of uses at which it was last used."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much a tier may hold. Raises `ValueError`.
 
-    nbytes: int
-    last_used: int
-    pins: int = 0
-    protected: bool = False
+    `nbytes`: of all blocks (None: no limit); `namespace_nbytes`: of those of one namespace;
+    `reserved_share`: the part of `nbytes` that blocks which no corpus refers to cannot take from
+    those which one does; `ttl_s`: seconds after its last use when a block of the former kind ends.
+    """
+
+    nbytes: int | None = None
+    namespace_nbytes: int | None = None
+    reserved_share: float = 0.0
+    ttl_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("nbytes", "namespace_nbytes", "ttl_s"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must be at least 0, or None, got {value}")
+        if not 0 <= self.reserved_share <= 1:
+            raise ValueError(f"reserved_share must be from 0 to 1, got {self.reserved_share}")
+
+    @property
+    def reserved_nbytes(self) -> float:
+        return self.reserved_share * (self.nbytes or 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +89,7 @@ class Reservation:
 
     key: BlockKey
     nbytes: int
+    cost: int
     _charged: int  # what it takes besides the entry it replaces, which stays until the commit
     _replaced: Entry | None = None
     _leaving: dict[BlockKey, Entry] = field(default_factory=dict)
@@ -70,25 +101,40 @@ class Reservation:
 
 
 class Ledger:
-    """The books of one tier under `limit_bytes` (None: no limit). Thread-safe."""
+    """The books of one tier. Thread-safe. `limits`: a number is that of all bytes."""
 
-    def __init__(self, limit_bytes: int | None, *, policy: Policy = lru) -> None:
-        if limit_bytes is not None and limit_bytes < 0:
-            raise ValueError(f"limit_bytes must be at least 0, or None, got {limit_bytes}")
-        self.limit_bytes = limit_bytes
-        self._policy = policy
+    def __init__(
+        self,
+        limits: Limits | int | None,
+        *,
+        policy: Policy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limits = limits if isinstance(limits, Limits) else Limits(limits)
+        self.policy = policy if policy is not None else Lru()
+        self._clock = clock
         self._lock = threading.Condition()
-        self._entries: OrderedDict[BlockKey, Entry] = OrderedDict()
+        self._entries: dict[bytes, Entry] = {}
+        self._pools: dict[tuple[str, Standing], Pool] = {}
         self._reserved: dict[BlockKey, Reservation] = {}
         self._leaving: set[BlockKey] = set()
-        self._used = 0
-        self._clock = 0
+        self._used: Counter[str] = Counter()  # bytes by namespace tag
+        self._used_nbytes = 0
+        self._now = 0
+        self._age = 0.0
+        self._remembered: OrderedDict[bytes, None] = OrderedDict()
+        self._numbers: dict[int, int] = {}
 
     @property
     def used_nbytes(self) -> int:
         """Bytes of the entries and the open reservations."""
         with self._lock:
-            return self._used
+            return self._used_nbytes
+
+    def used_by(self, tag: str) -> int:
+        """Of them, those of one namespace."""
+        with self._lock:
+            return self._used[tag]
 
     def __len__(self) -> int:
         with self._lock:
@@ -96,16 +142,27 @@ class Ledger:
 
     def __contains__(self, key: BlockKey) -> bool:
         with self._lock:
-            return key in self._entries
+            return packed(key) in self._entries
 
-    def load(self, held: Iterable[tuple[BlockKey, int]]) -> None:
-        """Enter what a tier holds at the start, the least recently used first."""
+    def load(self, held: Iterable[tuple[BlockKey, int, float]]) -> None:
+        """Enter what a tier holds at the start, the least recently used first.
+
+        `held`: key, size, and for how many seconds it was not used.
+        """
         with self._lock:
-            for key, nbytes in held:
-                if key not in self._entries and key not in self._leaving:
-                    self._add_locked(key, nbytes)
+            now_s = self._clock()
+            for key, nbytes, idle_s in held:
+                if packed(key) not in self._entries and key not in self._leaving:
+                    self._add_locked(key, nbytes, 0).used_s = int(now_s - idle_s)
 
-    def reserve(self, key: BlockKey, nbytes: int) -> Reservation | None:
+    def reserve(
+        self,
+        key: BlockKey,
+        nbytes: int,
+        *,
+        cost: int = 0,
+        standing: Standing = Standing.PASSING,
+    ) -> Reservation | None:
         """Room to write `nbytes` under `key`, or None if there is none even after evicting.
 
         Waits while the block of that key is being deleted as another one's victim. Raises
@@ -116,79 +173,89 @@ class Ledger:
                 self._lock.wait()
             if key in self._reserved:
                 raise ValueError(f"{key} is being written already")
-            present = self._entries.get(key)
+            present = self._entries.get(packed(key))
             charged = max(0, nbytes - (present.nbytes if present is not None else 0))
-            if self.limit_bytes is None:
-                victims: list[BlockKey] | None = []
-            elif nbytes > self.limit_bytes:
-                victims = None
-            else:
-                victims = self._victims_locked(key, self._used + charged - self.limit_bytes)
+            victims = self._victims_locked(key, nbytes, charged, standing)
             if victims is None:
                 return None
-            reservation = self._reserved[key] = Reservation(key, nbytes, charged, present)
-            for victim in victims:
-                entry = self._entries.pop(victim)
-                reservation._leaving[victim] = entry
-                self._used -= entry.nbytes
+            reservation = Reservation(key, nbytes, cost, charged, present)
+            self._reserved[key] = reservation
+            reservation._leaving.update(victims)
             self._leaving.update(victims)
-            self._used += charged
+            self._charge_locked(key.tag, charged)
             if present is not None:
                 present.pins += 1  # the copy being replaced is nobody's victim
             return reservation
 
+    def refusal(self, key: BlockKey, nbytes: int) -> str:
+        """Why there is no room, as a sentence."""
+        quota = self.limits.namespace_nbytes
+        with self._lock:
+            used = self._used[key.tag]
+        if quota is not None and used + nbytes > quota:
+            return (
+                f"{nbytes} bytes do not fit the namespace's quota of {quota}, of which {used} are "
+                "used, and what it may give up there is not enough"
+            )
+        return f"{nbytes} bytes do not fit the limit of {self.limits.nbytes}"
+
     def evicted(self, reservation: Reservation, victim: BlockKey) -> None:
         """A victim is deleted from the tier."""
         with self._lock:
-            del reservation._leaving[victim]
+            entry = reservation._leaving.pop(victim)
             self._leaving.discard(victim)
+            self._age = max(self._age, entry.rank)
+            if self.policy.remembers(entry):
+                self._remember_locked(entry.packed)
             self._lock.notify_all()
 
-    def commit(self, reservation: Reservation, *, protected: bool = False) -> None:
-        """The write landed. Raises `ValueError` if victims are left, or it was closed before."""
+    def commit(self, reservation: Reservation, *, standing: Standing = Standing.PASSING) -> None:
+        """The write landed. Raises `ValueError` if victims are left, or it was closed before.
+
+        An entry that is replaced keeps a higher standing.
+        """
         with self._lock:
             if reservation._leaving:
                 raise ValueError(f"{len(reservation._leaving)} victims are not deleted yet")
             present = self._close_locked(reservation)
+            key = reservation.key
             if present is None:
-                present = self._add_locked(reservation.key, reservation.nbytes)
-            else:
-                self._used += reservation.nbytes - present.nbytes
-                present.nbytes = reservation.nbytes
-                self._touch_locked(reservation.key, present)
-            present.protected = present.protected or protected
+                self._add_locked(key, reservation.nbytes, reservation.cost, standing)
+                return
+            pool = _pool_of(present)
+            pool.leave(present)
+            self._charge_locked(key.tag, reservation.nbytes - present.nbytes)
+            present.nbytes = self._shared_locked(reservation.nbytes)
+            present.cost = self._shared_locked(reservation.cost)
+            self._enter_locked(present, key.tag, max(pool.standing, standing))
 
     def abort(self, reservation: Reservation) -> None:
         """The write did not land. Victims not reported as deleted are entries again."""
         with self._lock:
             self._close_locked(reservation)
-            for victim, entry in reversed(reservation._leaving.items()):
-                self._entries[victim] = entry
-                self._entries.move_to_end(victim, last=False)
-                self._used += entry.nbytes
-                self._leaving.discard(victim)
+            self._restore_locked(reservation._leaving)
+            self._leaving.difference_update(reservation._leaving)
             reservation._leaving.clear()
             self._lock.notify_all()
 
-    def adopt(self, key: BlockKey, nbytes: int) -> Receipt | None:
+    def adopt(self, key: BlockKey, nbytes: int, *, cost: int = 0) -> Receipt | None:
         """Enter and pin a block that another process wrote; None if there is no free room for it.
 
         Nothing is evicted for it: it was not ours to write.
         """
         with self._lock:
-            entry = self._entries.get(key)
+            entry = self._entries.get(packed(key))
             if entry is None:
-                full = self.limit_bytes is not None and self._used + nbytes > self.limit_bytes
-                if full or key in self._leaving:
+                if key in self._leaving or any(over > 0 for over in self._over(key.tag, nbytes)):
                     return None
-                entry = self._add_locked(key, nbytes)
+                entry = self._add_locked(key, nbytes, cost)
             entry.pins += 1
             return Receipt(key, entry)
 
     def pin(self, key: BlockKey) -> Receipt | None:
         """Keep the block from being evicted until `unpin`; None if it is not entered."""
         with self._lock:
-            entry = self._entries.get(key)
+            entry = self._entries.get(packed(key))
             if entry is None:
                 return None
             entry.pins += 1
@@ -201,78 +268,227 @@ class Ledger:
                 receipt._released = True
                 receipt._entry.pins -= 1
 
-    def touch(self, key: BlockKey) -> bool:
-        """Note a use; whether the block is entered."""
+    def touch(self, key: BlockKey, *, cost: int | None = None) -> bool:
+        """Note a use, and what the block costs if that is known now; whether it is entered."""
         with self._lock:
-            entry = self._entries.get(key)
-            if entry is not None:
-                self._touch_locked(key, entry)
-            return entry is not None
+            entry = self._entries.get(packed(key))
+            if entry is None:
+                return False
+            entry.uses = min(entry.uses + 1, self.policy.most_uses)
+            entry.used_s = int(self._clock())
+            if cost is not None:
+                entry.cost = self._shared_locked(cost)
+            if not self.policy.keeps_place:
+                pool = _pool_of(entry)
+                pool.leave(entry)
+                self._join_locked(pool, entry, self.policy.group(entry))
+            return True
 
-    def protect(self, key: BlockKey) -> bool:
-        """Never choose the block as a victim; whether it is entered."""
-        return self._set_protected(key, True)
+    def stand(self, key: BlockKey, standing: Standing) -> bytes | None:
+        """Set what the block is to a corpus; the packed key held here, if the block is entered.
 
-    def unprotect(self, key: BlockKey) -> bool:
-        """Undo `protect`; whether the block is entered."""
-        return self._set_protected(key, False)
+        A block whose standing changes joins its queue as if it were used now. Who keeps a set of
+        packed keys keeps that object, and needs no memory of their own for it.
+        """
+        with self._lock:
+            entry = self._entries.get(packed(key))
+            if entry is None:
+                return None
+            pool = _pool_of(entry)
+            if pool.standing != standing:
+                group = entry.queue.group if entry.queue is not None else 0
+                pool.leave(entry)
+                self._join_locked(self._pool_locked(key.tag, standing), entry, group)
+            return entry.packed
 
     def remove(self, key: BlockKey) -> bool:
         """The tier does not hold the block any more, pinned or not; whether it was entered."""
         with self._lock:
-            entry = self._entries.pop(key, None)
+            entry = self._entries.pop(packed(key), None)
             if entry is None:
                 return False
-            self._used -= entry.nbytes
+            _pool_of(entry).leave(entry)
+            freed = entry.nbytes
             reservation = self._reserved.get(key)
             if reservation is not None and reservation._replaced is entry:
                 # What it counted on has gone: it takes its whole size now, no more than was freed.
-                self._used += reservation.nbytes - reservation._charged
+                freed -= reservation.nbytes - reservation._charged
                 reservation._charged = reservation.nbytes
                 reservation._replaced = None
+            self._charge_locked(key.tag, -freed)
             return True
 
-    def _set_protected(self, key: BlockKey, protected: bool) -> bool:
+    def is_idle(self, key: BlockKey) -> bool:
+        """Whether the time to live of a block has passed that nobody has open."""
+        if self.limits.ttl_s is None:
+            return False
         with self._lock:
-            entry = self._entries.get(key)
-            if entry is not None:
-                entry.protected = protected
-            return entry is not None
+            entry = self._entries.get(packed(key))
+            return entry is not None and self._is_idle_locked(entry)
 
-    def _victims_locked(self, key: BlockKey, missing: int) -> list[BlockKey] | None:
-        if missing <= 0:
+    def idle(self, most: int) -> list[BlockKey]:
+        """Some blocks whose time to live has passed, at most `most`: those that head a queue."""
+        if self.limits.ttl_s is None:
             return []
-        victims = []
-        for candidate, entry in self._in_turn_locked():
-            if entry.pins or entry.protected or candidate == key:
-                continue
-            victims.append(candidate)
-            missing -= entry.nbytes
-            if missing <= 0:
-                return victims
+        with self._lock:
+            found = [
+                unpacked(entry.packed)
+                for pool in self._pools.values()
+                if pool.standing is Standing.PASSING
+                for queue in pool.queues.values()
+                for entry in islice(queue, most)
+                if self._is_idle_locked(entry)
+            ]
+        return found[:most]
+
+    # -- all below with the lock held --------------------------------------------------------------
+
+    def _is_idle_locked(self, entry: Entry) -> bool:
+        ttl_s = self.limits.ttl_s
+        if ttl_s is None or entry.pins or _pool_of(entry).standing is not Standing.PASSING:
+            return False
+        return self._clock() - entry.used_s > ttl_s
+
+    def _over(self, tag: str, charged: int) -> tuple[float, float]:
+        """By how many bytes more than allowed: of the namespace, and of all."""
+        return (
+            self._used[tag] + charged - _or_inf(self.limits.namespace_nbytes),
+            self._used_nbytes + charged - _or_inf(self.limits.nbytes),
+        )
+
+    def _victims_locked(
+        self, key: BlockKey, nbytes: int, charged: int, standing: Standing
+    ) -> dict[BlockKey, Entry] | None:
+        """Taken out of the books; None, and nothing is, if they are not enough."""
+        limits = self.limits
+        if nbytes > min(_or_inf(limits.nbytes), _or_inf(limits.namespace_nbytes)):
+            return None
+        victims: dict[BlockKey, Entry] = {}
+        excluded = packed(key)
+        # Its own first: what they free counts for the whole tier, too.
+        for scope, tag in enumerate((key.tag, None)):
+            while (over := self._over(key.tag, charged)[scope]) > 0:
+                victim = self._choose_locked(tag, over, standing, excluded)
+                if victim is None:
+                    self._restore_locked(victims)
+                    return None
+                pool = _pool_of(victim)
+                pool.leave(victim)
+                del self._entries[victim.packed]
+                self._charge_locked(pool.tag, -victim.nbytes)
+                victims[unpacked(victim.packed)] = victim
+        return victims
+
+    def _choose_locked(
+        self, tag: str | None, over: float, standing: Standing, excluded: bytes
+    ) -> Entry | None:
+        """The next victim, of one namespace or of all; None if `over` bytes are not to be had."""
+        pools = [
+            pool
+            for pool in self._pools.values()
+            if pool.queues and tag in (None, pool.tag) and pool.standing is not Standing.KEPT
+        ]
+        if sum(pool.nbytes for pool in pools) < over:
+            return None
+        free = float("inf")
+        if standing is Standing.PASSING and self.limits.reserved_share:
+            referred = (p.nbytes for p in self._pools.values() if p.standing > Standing.PASSING)
+            free = sum(referred) - self.limits.reserved_nbytes
+        heads = (self._head_locked(pool, excluded) for pool in pools)
+        found = [
+            entry
+            for entry in heads
+            if entry is not None
+            and (_pool_of(entry).standing is Standing.PASSING or entry.nbytes <= free)
+        ]
+        return min(found, key=lambda entry: entry.rank, default=None)
+
+    def _head_locked(self, pool: Pool, excluded: bytes) -> Entry | None:
+        """What this pool would give up next."""
+        for chance in range(_MOST_SPARED + 1):
+            heads = [queue.first_free(excluded) for queue in pool.queues.values()]
+            free = [entry for entry in heads if entry is not None]
+            if not free:
+                return None
+            entry = self.policy.pick(free)
+            spared = self.policy.spare(entry)
+            if spared is None or chance == _MOST_SPARED:
+                return entry
+            pool.leave(entry)
+            entry.uses = spared.uses
+            self._join_locked(pool, entry, spared.group)
         return None
 
-    def _in_turn_locked(self) -> Iterable[tuple[BlockKey, Entry]]:
-        if self._policy is lru:  # the order they are kept in: no need to look at all of them
-            return self._entries.items()
-        return sorted(self._entries.items(), key=lambda item: self._policy(item[1]))
+    def _restore_locked(self, victims: dict[BlockKey, Entry]) -> None:
+        """Undo the choice of victims: each is back where it was, the first one first."""
+        for victim, entry in reversed(victims.items()):
+            self._entries[entry.packed] = entry
+            group = entry.queue.group if entry.queue is not None else 0
+            _pool_of(entry).join(entry, group, first=True)
+            self._charge_locked(victim.tag, entry.nbytes)
 
     def _close_locked(self, reservation: Reservation) -> Entry | None:
         if self._reserved.get(reservation.key) is not reservation:
             raise ValueError("the reservation is closed already")
         del self._reserved[reservation.key]
-        self._used -= reservation._charged
+        self._charge_locked(reservation.key.tag, -reservation._charged)
         if reservation._replaced is not None:
             reservation._replaced.pins -= 1
-        return self._entries.get(reservation.key)
+        return self._entries.get(packed(reservation.key))
 
-    def _add_locked(self, key: BlockKey, nbytes: int) -> Entry:
-        self._clock += 1
-        entry = self._entries[key] = Entry(nbytes, self._clock)
-        self._used += nbytes
+    def _add_locked(
+        self, key: BlockKey, nbytes: int, cost: int, standing: Standing = Standing.PASSING
+    ) -> Entry:
+        name = packed(key)
+        entry = Entry(name, self._shared_locked(nbytes), self._shared_locked(cost))
+        self._entries[name] = entry
+        self._charge_locked(key.tag, nbytes)
+        remembered = name in self._remembered
+        if remembered:
+            del self._remembered[name]
+        self._enter_locked(entry, key.tag, standing, remembered=remembered)
         return entry
 
-    def _touch_locked(self, key: BlockKey, entry: Entry) -> None:
-        self._clock += 1
-        entry.last_used = self._clock
-        self._entries.move_to_end(key)
+    def _enter_locked(
+        self, entry: Entry, tag: str, standing: Standing, *, remembered: bool = False
+    ) -> None:
+        entry.used_s = int(self._clock())
+        group = self.policy.group(entry, remembered=remembered)
+        self._join_locked(self._pool_locked(tag, standing), entry, group)
+
+    def _join_locked(self, pool: Pool, entry: Entry, group: float) -> None:
+        self._now += 1
+        entry.rank = self.policy.rank(entry, self._now, self._age)
+        pool.join(entry, group)
+
+    def _pool_locked(self, tag: str, standing: Standing) -> Pool:
+        pool = self._pools.get((tag, standing))
+        if pool is None:
+            pool = self._pools[tag, standing] = Pool(tag, standing)
+        return pool
+
+    def _charge_locked(self, tag: str, nbytes: int) -> None:
+        self._used[tag] += nbytes
+        self._used_nbytes += nbytes
+
+    def _remember_locked(self, name: bytes) -> None:
+        self._remembered[name] = None
+        most = min(max(_REMEMBERED[0], len(self._entries)), _REMEMBERED[1])
+        while len(self._remembered) > most:
+            self._remembered.popitem(last=False)
+
+    def _shared_locked(self, number: int) -> int:
+        """The number, as one object: sizes and costs repeat, and a million would take 32 MB."""
+        if len(self._numbers) > _MOST_NUMBERS:
+            self._numbers.clear()
+        return self._numbers.setdefault(number, number)
+
+
+def _pool_of(entry: Entry) -> Pool:
+    if entry.queue is None:
+        raise ValueError("the entry never joined a queue")
+    return entry.queue.pool
+
+
+def _or_inf(nbytes: int | None) -> float:
+    return float("inf") if nbytes is None else nbytes

@@ -178,7 +178,7 @@ class Loading:
         while self._slot is not None:
             slot, name = self._slot, self._slot.name
             try:
-                with slot.asked():
+                with slot.asked("read"):
                     views = slot.tier.segments(self.expected.key, first, last)
                 if views is not None:
                     return self._keep(first, views)
@@ -260,7 +260,7 @@ class Loading:
     def _look(self, slot: Slot, *, known: bool) -> BlockHeader | None:
         key = self.expected.key
         try:
-            with slot.asked():
+            with slot.asked("lookup"):
                 header = slot.tier.header(key)
         except TierError:
             return None

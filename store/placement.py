@@ -1,4 +1,4 @@
-"""Which tiers a block lies in: writing through, promotion, quarantine, and what must stay.
+"""Which tiers a block lies in: writing, promotion, quarantine, expiry, and what must stay.
 
 Moves blocks between slots. Knows nothing of readers and requests.
 """
@@ -10,21 +10,26 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .errors import TierError
+from .block import Block, encode_header, verify_segment
+from .errors import BlockFormatError, TierError
+from .keys import packed, unpacked
+from .ledger import Standing
 from .locks import KeyLocks
+from .slot import Refused, Slot, recompute_cost
+from .write_back import Pending, WriteBack
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from .block import Block
     from .header import BlockHeader
     from .keys import BlockKey
     from .ledger import Receipt
-    from .slot import Slot
 
 __all__ = ["Placement", "PutOutcome"]
 
 _log = logging.getLogger(__name__)
+
+_EXPIRED_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +37,14 @@ class PutOutcome:
     """Where a put block lies now.
 
     `tiers`: names of the tiers that took it, fastest first. `durable`: one of them outlives the
-    process. `refused`: (name, reason in a sentence) of the others.
+    process. `pending`: names of those that it will be written back to. `refused`: (name, reason in
+    a sentence) of the others.
     """
 
     tiers: tuple[str, ...]
     durable: bool
     refused: tuple[tuple[str, str], ...]
+    pending: tuple[str, ...] = ()
 
 
 class Placement:
@@ -47,47 +54,74 @@ class Placement:
     `writing.held(key)`. Methods ending in `_held` expect that of the caller.
     """
 
-    def __init__(self, slots: Sequence[Slot]) -> None:
+    def __init__(self, slots: Sequence[Slot], *, write_back_nbytes: int) -> None:
         self.slots = tuple(slots)
         self.writing = KeyLocks()
+        self.write_back = WriteBack(self._write_back, most_nbytes=write_back_nbytes)
         self._lock = threading.Lock()
-        self._protected: set[BlockKey] = set()
+        self._protected: set[bytes] = set()
         for slot in self.slots:
             slot.loaded = self._guard_all
 
     def write_held(self, key: BlockKey, block: Block, *, durable_only: bool) -> PutOutcome:
-        """Write the block through: durable tiers first, the slowest of them first."""
-        refused: dict[str, str] = {}
+        """Write the block: durable tiers first, the slowest of them first.
+
+        Those that are written back to come last, when a copy that can wait for them lies in memory.
+        """
+        self.write_back.discard(key)
         durable = [slot for slot in reversed(self.slots) if slot.durable]
         volatile = [slot for slot in self.slots if not slot.durable and not durable_only]
-        for slot in [*durable, *volatile]:
-            reason = slot.admit(key, block, protected=slot.durable and self._is_protected(key))
-            if reason is None:
-                self._guard(key)
-            else:
+        through = [slot for slot in durable if durable_only or not slot.writes_back]
+        pending: list[str] = []
+        refused: dict[str, Refused] = {}
+        for slot in [*through, *volatile, *(slot for slot in durable if slot not in through)]:
+            if slot not in through and slot.durable and self._owe(key, block, volatile, slot):
+                pending.append(slot.name)
+                continue
+            reason = self._admit(slot, key, block)
+            if reason is not None:
                 refused[slot.name] = reason
-                _log.warning("block %s is not put in tier %s: %s", key, slot.name, reason)
-        taken = [s for s in self.slots if s.name not in refused and (s.durable or not durable_only)]
+                level = logging.DEBUG if reason.expected else logging.WARNING
+                _log.log(level, "block %s is not put in tier %s: %s", key, slot.name, reason.reason)
+        asked = [slot for slot in self.slots if slot in durable or slot in volatile]
+        absent = {*refused, *pending}
+        taken = [slot for slot in asked if slot.name not in absent]
         if taken:
             self._drop_older(key, [slot for slot in self.slots if slot not in taken])
         return PutOutcome(
             tiers=tuple(slot.name for slot in taken),
             durable=any(slot.durable for slot in taken),
-            refused=tuple(refused.items()),
+            refused=tuple((name, why.reason) for name, why in refused.items()),
+            pending=tuple(pending),
         )
 
     def promote_held(self, key: BlockKey, block: Block, source: Slot) -> None:
         """Admit a block read from `source` to the faster tiers, where there is room."""
         for slot in self.slots[: self.slots.index(source)]:
             if key not in slot.ledger:
-                slot.admit(key, block, protected=False)
-        self._guard(key)
+                self._admit(slot, key, block)
+
+    def expire(self, key: BlockKey) -> None:
+        """Delete the block from the tiers in which its time to live has passed."""
+        if not any(slot.ledger.is_idle(key) for slot in self.slots):
+            return
+        with self.writing.held(key):
+            for slot in self.slots:
+                if slot.ledger.is_idle(key):
+                    slot.expire(key)
+
+    def expire_some(self) -> None:
+        """As `expire`, for some of the blocks that nobody asks for."""
+        for slot in self.slots:
+            for key in slot.ledger.idle(_EXPIRED_AT_ONCE):
+                self.expire(key)
 
     def erase_held(self, key: BlockKey) -> bool:
         """Delete from every tier, also from those bypassed; whether one held it.
 
         Raises `TierError` after trying all, if one failed: it may still hold the block.
         """
+        self.write_back.discard(key)
         found = False
         failure: TierError | None = None
         for slot in self.slots:
@@ -114,7 +148,7 @@ class Placement:
         with self.writing.held(key):
             if not slot.contains(key, unknown=False):
                 return None
-            receipt = slot.ledger.adopt(key, header.nbytes)
+            receipt = slot.ledger.adopt(key, header.nbytes, cost=recompute_cost(header))
             self._guard(key)
             return receipt
 
@@ -138,39 +172,88 @@ class Placement:
         """Keep the last durable copy of these blocks from being evicted, now and when put later."""
         for key in keys:
             with self._lock:
-                self._protected.add(key)
+                self._protected.add(packed(key))
             self._guard(key)
 
     def unprotect(self, keys: Iterable[BlockKey]) -> None:
         for key in keys:
             with self._lock:
-                self._protected.discard(key)
+                self._protected.discard(packed(key))
             self._guard(key)
 
-    def _is_protected(self, key: BlockKey) -> bool:
+    def _admit(self, slot: Slot, key: BlockKey, block: Block) -> Refused | None:
         with self._lock:
-            return key in self._protected
+            protected = packed(key) in self._protected
+        standing = Standing.PASSING
+        if protected:
+            standing = Standing.KEPT if slot.durable else Standing.CORPUS
+        refused = slot.admit(key, block, standing)
+        if refused is None:
+            self._guard(key)
+        return refused
 
     def _guard(self, key: BlockKey, *, leaving: Slot | None = None) -> None:
-        """Protect the copy in the slowest durable tier that has one; the others compete freely.
+        """Keep the copy in the slowest durable tier that has one; the others compete.
 
-        `leaving` is about to lose its copy: the next one must be protected before.
+        `leaving` is about to lose its copy: the next one must be kept before.
         """
+        name = packed(key)
         with self._lock:
-            wanted = key in self._protected
+            wanted = name in self._protected
+            kept = False
             for slot in reversed(self.slots):
-                if slot is leaving or not slot.durable:
+                if slot is leaving:
                     continue
-                if wanted and slot.ledger.protect(key):
-                    wanted = False
-                else:
-                    slot.ledger.unprotect(key)
+                standing = Standing.CORPUS if wanted else Standing.PASSING
+                if wanted and slot.durable and not kept:
+                    standing = Standing.KEPT
+                held = slot.ledger.stand(key, standing)
+                if held is None or standing is not Standing.KEPT:
+                    continue
+                kept = True
+                # The same object as the ledger's: a million of them would be 100 MB more.
+                self._protected.discard(name)
+                self._protected.add(held)
+
+    # -- writing back ------------------------------------------------------------------------------
+
+    def _owe(self, key: BlockKey, block: Block, volatile: Sequence[Slot], target: Slot) -> bool:
+        """Queue the write to `target`, if a copy lies in memory and the queue has room."""
+        for source in volatile:
+            receipt = source.ledger.pin(key)
+            if receipt is None:
+                continue
+            if self.write_back.add(Pending(key, block.nbytes, source, receipt, target)):
+                return True
+            source.ledger.unpin(receipt)
+        return False
+
+    def _write_back(self, pending: Pending) -> None:
+        key = pending.key
+        with self.writing.held(key):
+            if not self.write_back.is_owed():
+                return
+            try:
+                block = _read_whole(pending.source, key)
+            except TierError:
+                block = None  # counted, and logged
+            except BlockFormatError as exc:
+                # A bit that flipped in memory must not be made durable.
+                self.quarantine_held(pending.source, key, str(exc))
+                return
+            if block is None:
+                return
+            refused = self._admit(pending.target, key, block)
+            if refused is not None:
+                level = logging.DEBUG if refused.expected else logging.WARNING
+                name, why = pending.target.name, refused.reason
+                _log.log(level, "block %s is not written back to tier %s: %s", key, name, why)
 
     def _guard_all(self) -> None:
         with self._lock:
             protected = tuple(self._protected)
-        for key in protected:
-            self._guard(key)
+        for name in protected:
+            self._guard(unpacked(name))
 
     def _drop_older(self, key: BlockKey, slots: Sequence[Slot]) -> None:
         """A tier that could not take a new version must not answer with the old one.
@@ -186,3 +269,15 @@ class Placement:
             except TierError:
                 continue
             self.forget_held(slot, key)
+
+
+def _read_whole(slot: Slot, key: BlockKey) -> Block | None:
+    """The block in this slot, verified. Raises `BlockFormatError` and `TierError`."""
+    with slot.asked():
+        header = slot.tier.header(key)
+        views = None if header is None else slot.tier.segments(key, 0, len(header.segments))
+    if header is None or views is None:
+        return None
+    for index, view in enumerate(views):
+        verify_segment(header, index, view)
+    return Block(header, encode_header(header), tuple(views))

@@ -1,57 +1,95 @@
-"""A tier in its place in the store: with its limit, its books, its health and its counters."""
+"""A tier in its place in the store: with its limits, its books, its health and its counters."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import threading
+import time
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
+from .admission import SecondUse
 from .errors import BlockFormatError, TierError, TierFullError
+from .eviction import Lru, Policy
 from .health import Clock, Health
-from .ledger import Ledger
-from .stats import TierStats
+from .ledger import Ledger, Limits, Standing
+from .stats import LatencyCounter, TierStats
 from .tier import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from .block import Block
-    from .eviction import Policy
+    from .block import Block, BlockHeader
     from .keys import BlockKey
 
-__all__ = ["Slot", "TierSlot"]
+__all__ = ["Refused", "Slot", "TierSlot", "recompute_cost"]
 
 _log = logging.getLogger(__name__)
+
+_WRITES = ("through", "back")
+
+Operation = Literal["lookup", "read", "write", "other"]
 
 
 @dataclass(frozen=True, slots=True)
 class TierSlot:
-    """A tier and how many bytes of blocks it may hold (None: no limit). Raises `ValueError`."""
+    """A tier, what it may hold, and by which rules.
+
+    `limits`: a number is that of all bytes, None is no limit. `policy`: what is evicted first.
+    `admission`: whether a block enters at its first use or at its second; a durable tier takes what
+    a corpus refers to at once, always. `write`: `back` lets a put return as soon as a tier that is
+    not durable has the block; a thread writes it here, and a crash before that loses it.
+
+    Raises `ValueError` if a tier that is not durable is to be written back to.
+    """
 
     tier: Tier
-    limit_bytes: int | None = None
+    limits: Limits | int | None = None
+    policy: Policy = field(default_factory=Lru)
+    admission: Literal["always", "second-use"] = "always"
+    write: Literal["through", "back"] = "through"
 
     def __post_init__(self) -> None:
-        if self.limit_bytes is not None and self.limit_bytes < 0:
-            raise ValueError(
-                f"limit_bytes of {self.tier.name} must be at least 0, or None, "
-                f"got {self.limit_bytes}"
-            )
+        if not isinstance(self.limits, Limits):
+            object.__setattr__(self, "limits", Limits(self.limits))
+        for name, allowed in (("admission", ("always", "second-use")), ("write", _WRITES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} of {self.tier.name} must be one of {', '.join(allowed)}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        if self.write == "back" and not self.tier.durable:
+            raise ValueError(f"{self.tier.name} is not durable: there is nothing to write back")
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Why a tier did not take a block. `expected`: by its rules, and nothing to warn of."""
+
+    reason: str
+    expected: bool = False
+
+
+def recompute_cost(header: BlockHeader) -> int:
+    """What computing the block again costs, in tokens."""
+    return header.k_shape[2]
 
 
 class Slot:
     """One tier of a store. Knows nothing of the other tiers."""
 
-    def __init__(self, place: TierSlot, *, clock: Clock, policy: Policy) -> None:
+    def __init__(self, place: TierSlot, *, clock: Clock) -> None:
         self.tier = place.tier
         self.name = place.tier.name
         self.durable = place.tier.durable
-        self.ledger = Ledger(place.limit_bytes, policy=policy)
+        self.writes_back = place.write == "back"
+        self.ledger = Ledger(place.limits, policy=place.policy, clock=clock)
+        self._second_use = SecondUse() if place.admission == "second-use" else None
         self._health = Health(clock)
         self._counts: Counter[str] = Counter()
+        self._latencies = {name: LatencyCounter() for name in ("lookup", "read", "write")}
         self._lock = threading.Lock()
         self._loaded = False
         self.loaded: Callable[[], None] = lambda: None  # called when the books were filled
@@ -69,8 +107,9 @@ class Slot:
         return self._loaded or self._load()
 
     @contextlib.contextmanager
-    def asked(self) -> Iterator[None]:
+    def asked(self, operation: Operation = "other") -> Iterator[None]:
         """Around every operation of the tier: counts and logs outages, and lets them pass."""
+        begun = time.perf_counter()
         try:
             yield
         except TierFullError as exc:
@@ -87,41 +126,69 @@ class Slot:
             raise
         else:
             self._worked()
+        finally:
+            if operation != "other":
+                self._latencies[operation].add(time.perf_counter() - begun)
 
     def contains(self, key: BlockKey, *, unknown: bool) -> bool:
         """Whether the tier holds something under the key; `unknown` if it fails."""
         try:
-            with self.asked():
+            with self.asked("lookup"):
                 return self.tier.contains(key)
         except TierError:
             return unknown
 
-    def admit(self, key: BlockKey, block: Block, *, protected: bool) -> str | None:
-        """Make room and write; None, or in a sentence why the block is not here."""
+    def admit(self, key: BlockKey, block: Block, standing: Standing) -> Refused | None:
+        """Make room and write, if the rules let the block in; None, or why it is not here."""
+        if not self._lets_in(key, standing):
+            return Refused("it is admitted at its second use", expected=True)
+        refused = self._write(key, block, standing)
+        if refused is not None:
+            self.count(refused=1)
+        return refused
+
+    def expire(self, key: BlockKey) -> None:
+        """Delete a block whose time to live has passed. Never raises `TierError`."""
+        try:
+            with self.asked():
+                self.tier.delete(key)
+        except TierError:
+            return
+        self.ledger.remove(key)
+        self.count(expired=1)
+
+    def _lets_in(self, key: BlockKey, standing: Standing) -> bool:
+        if self._second_use is None or key in self.ledger:
+            return True
+        needed = self.durable and standing is not Standing.PASSING
+        return self._second_use.again(key) or needed
+
+    def _write(self, key: BlockKey, block: Block, standing: Standing) -> Refused | None:
         if not self.usable():
-            return "the tier is bypassed after a failure"
-        reservation = self.ledger.reserve(key, block.nbytes)
+            return Refused("the tier is bypassed after a failure")
+        cost = recompute_cost(block.header)
+        reservation = self.ledger.reserve(key, block.nbytes, cost=cost, standing=standing)
         if reservation is None:
-            return f"{block.nbytes} bytes do not fit the limit of {self.ledger.limit_bytes}"
+            return Refused(self.ledger.refusal(key, block.nbytes))
         try:
             for victim in reservation.victims:
                 with self.asked():
                     self.tier.delete(victim)
                 self.ledger.evicted(reservation, victim)
                 self.count(evictions=1)
-            with self.asked():
+            with self.asked("write"):
                 self.tier.put(key, block)
         except TierError as exc:
             self.ledger.abort(reservation)
-            return exc.reason
+            return Refused(exc.reason)
         except BaseException:
             self.ledger.abort(reservation)
             raise
-        self.ledger.commit(reservation, protected=protected)
+        self.ledger.commit(reservation, standing=standing)
         self.count(bytes_written=block.nbytes)
         return None
 
-    def stats(self) -> TierStats:
+    def stats(self, *, pending_blocks: int = 0, pending_nbytes: int = 0) -> TierStats:
         with self._lock:
             counts = Counter(self._counts)
         return TierStats(
@@ -129,15 +196,22 @@ class Slot:
             durable=self.durable,
             healthy=self._health.healthy,
             nbytes=self.ledger.used_nbytes,
-            limit_bytes=self.ledger.limit_bytes,
+            limit_bytes=self.ledger.limits.nbytes,
             blocks=len(self.ledger),
             hits=counts["hits"],
             misses=counts["misses"],
             bytes_read=counts["bytes_read"],
             bytes_written=counts["bytes_written"],
             evictions=counts["evictions"],
+            expired=counts["expired"],
+            refused=counts["refused"],
             damaged=counts["damaged"],
             errors=counts["errors"],
+            pending_blocks=pending_blocks,
+            pending_nbytes=pending_nbytes,
+            lookup_latency=self._latencies["lookup"].read(),
+            read_latency=self._latencies["read"].read(),
+            write_latency=self._latencies["write"].read(),
         )
 
     def _worked(self) -> None:
@@ -151,7 +225,7 @@ class Slot:
                 held = self.tier.entries()
         except TierError:
             return False
-        self.ledger.load((entry.key, entry.nbytes) for entry in held)
+        self.ledger.load((entry.key, entry.nbytes, entry.idle_s) for entry in held)
         self.loaded()
         self._loaded = True
         return True

@@ -10,7 +10,7 @@ Three different things are told apart: a miss is `None`, damage is `BlockFormatE
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 from .errors import BlockFormatError
@@ -27,10 +27,14 @@ __all__ = ["StoredBlock", "Tier", "check_key", "segment_range", "split_segments"
 
 @dataclass(frozen=True, slots=True)
 class StoredBlock:
-    """A block that a tier holds: `key`, and `nbytes` of the whole encoded block."""
+    """A block that a tier holds: `key`, and `nbytes` of the whole encoded block.
+
+    `idle_s`: for how many seconds it was not used, as far as the tier remembers.
+    """
 
     key: BlockKey
     nbytes: int
+    idle_s: float = field(default=0.0, compare=False)
 
 
 class Tier(ABC):

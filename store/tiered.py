@@ -5,9 +5,9 @@
         with store.open(key, fingerprint=…, token_ids=…) as reader:
             reader.read(0, 1)
 
-It owns admission, promotion, eviction, shared loading, pins and counters. A tier that fails is
-logged, counted and bypassed, and comes back when it recovers: reading and writing blocks never
-raise because of one. It knows nothing of models and prompts.
+It owns admission, promotion, writing back, eviction, expiry, shared loading, pins and counters. A
+tier that fails is logged, counted and bypassed, and comes back when it recovers: reading and
+writing blocks never raise because of one. It knows nothing of models and prompts.
 
 Call `protect` with what the corpus refers to before anything is put: a tier that starts above its
 limit evicts at the next admission.
@@ -20,11 +20,11 @@ import time
 from typing import TYPE_CHECKING, Self
 
 from .errors import StoreError, TierError
-from .eviction import Policy, lru
+from .ledger import Limits
 from .loading import Expected, Loading
 from .placement import Placement, PutOutcome
 from .reader import BlockReader
-from .slot import Slot, TierSlot
+from .slot import Slot, TierSlot, recompute_cost
 from .stats import StoreStats, TierStats
 from .tier import check_key
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlockReader",
+    "Limits",
     "PutOutcome",
     "StoreStats",
     "TierSlot",
@@ -45,23 +46,32 @@ __all__ = [
 ]
 
 
+#: How often a put looks for blocks whose time to live has passed.
+_EXPIRY_INTERVAL_S = 1.0
+
+
 class TieredStore:
     """Blocks in several tiers, fastest first. Thread-safe. Closes its tiers.
 
-    Raises `ValueError` for no tier, or two of one name.
+    `write_back_nbytes`: most bytes of blocks that wait to be written back; what exceeds it is
+    written through. Raises `ValueError` for no tier, or two of one name.
     """
 
     def __init__(
         self,
         slots: Sequence[TierSlot],
         *,
-        policy: Policy = lru,
+        write_back_nbytes: int = 2**28,
         clock: Clock = time.monotonic,
     ) -> None:
         names = [place.tier.name for place in slots]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"a store needs tiers of different names, got {names}")
-        self._placement = Placement([Slot(place, clock=clock, policy=policy) for place in slots])
+        self._placement = Placement(
+            [Slot(place, clock=clock) for place in slots], write_back_nbytes=write_back_nbytes
+        )
+        self._clock = clock
+        self._next_expiry_s = clock()
         self._lock = threading.Lock()
         self._loadings: dict[BlockKey, Loading] = {}
         self._open_blocks = 0
@@ -82,6 +92,7 @@ class TieredStore:
         already shares its segments. Raises `StoreError` after `close`, nothing for a failing tier.
         """
         expected = Expected(key, kind, fingerprint, tuple(token_ids))
+        self._placement.expire(key)
         loading = self._join(expected)
         try:
             found = loading is not None and loading.find()
@@ -91,26 +102,29 @@ class TieredStore:
         if loading is None or not found:
             self._leave(loading)
             return None
+        cost = recompute_cost(loading.header)
         for slot in self._placement.slots:
             # In every tier: a block that is hot in memory must not become the oldest on disk.
-            if slot.ledger.touch(key):
+            if slot.ledger.touch(key, cost=cost):
                 slot.tier.touch(key)
         return BlockReader(loading, lambda: self._leave(loading))
 
     def put(
         self, key: BlockKey, block: Block, *, protected: bool = False, durable_only: bool = False
     ) -> PutOutcome:
-        """Write the block through to every tier that takes it; copies, and replaces one of the key.
+        """Write the block to every tier that takes it; copies, and replaces one of the key.
 
         `protected` protects the key, as `protect` does. `durable_only` leaves out the tiers that
-        end with the process: a corpus job must not crowd out what queries use. A tier that fails or
-        has no room is named in the outcome. Raises `ValueError` if the block is of another key,
+        end with the process, and writes back to none: a corpus job must not crowd out what queries
+        use, and goes on when a block is durable. A tier that fails, has no room or does not admit
+        the block yet is named in the outcome. Raises `ValueError` if the block is of another key,
         `StoreError` after `close`, nothing for a failing tier or a full disk.
         """
         self._check_open()
         check_key(key, block)
         if protected:
             self._placement.protect([key])
+        self._expire_some()
         with self._placement.writing.held(key):
             try:
                 return self._placement.write_held(key, block, durable_only=durable_only)
@@ -184,15 +198,28 @@ class TieredStore:
         """Counters and sizes of every tier."""
         with self._lock:
             open_blocks = self._open_blocks
-        return StoreStats(tuple(slot.stats() for slot in self._placement.slots), open_blocks)
+        waiting = self._placement.write_back.waiting()
+        tiers = []
+        for slot in self._placement.slots:
+            blocks, nbytes = waiting.get(slot.name, (0, 0))
+            tiers.append(slot.stats(pending_blocks=blocks, pending_nbytes=nbytes))
+        return StoreStats(tuple(tiers), open_blocks)
+
+    def flush(self) -> None:
+        """Return when nothing waits to be written back."""
+        self._placement.write_back.flush()
 
     def close(self) -> None:
-        """Close the tiers. A second call does nothing. Readers can read only what they hold."""
+        """Write back what waits, and close the tiers. A second call does nothing.
+
+        Readers can read only what they hold.
+        """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
             self._loadings.clear()
+        self._placement.write_back.close()
         for slot in self._placement.slots:
             slot.tier.close()
 
@@ -201,6 +228,13 @@ class TieredStore:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def _expire_some(self) -> None:
+        with self._lock:
+            if self._clock() < self._next_expiry_s:
+                return
+            self._next_expiry_s = self._clock() + _EXPIRY_INTERVAL_S
+        self._placement.expire_some()
 
     # -- loadings ------------------------------------------------------------------------------
 

@@ -143,7 +143,7 @@ def test_tiers_need_different_names():
     for tiers in ([], [RamTier(), RamTier()]):
         with pytest.raises(ValueError, match="different names"):
             TieredStore([TierSlot(tier) for tier in tiers])
-    with pytest.raises(ValueError, match="limit_bytes of ram"):
+    with pytest.raises(ValueError, match="nbytes must be at least 0"):
         TierSlot(RamTier(), -1)
 
 

@@ -1,0 +1,46 @@
+"""Decoded headers of a few files, each with the identity of the file that it was read from."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import os
+
+    from .header import BlockHeader
+    from .keys import BlockKey
+
+__all__ = ["HeaderCache"]
+
+_MOST = 256
+
+
+class HeaderCache:
+    """The headers read last. Thread-safe. A file that was replaced is not found here."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._headers: OrderedDict[BlockKey, tuple[tuple[int, ...], BlockHeader]] = OrderedDict()
+
+    def keep(self, key: BlockKey, status: os.stat_result, header: BlockHeader) -> None:
+        with self._lock:
+            self._headers[key] = (_identity(status), header)
+            self._headers.move_to_end(key)
+            while len(self._headers) > _MOST:
+                self._headers.popitem(last=False)
+
+    def get(self, key: BlockKey, status: os.stat_result) -> BlockHeader | None:
+        """The header kept of that very file."""
+        with self._lock:
+            identity, header = self._headers.get(key, (None, None))
+            return header if identity == _identity(status) else None
+
+    def clear(self) -> None:
+        with self._lock:
+            self._headers.clear()
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
