@@ -1,0 +1,243 @@
+"""What a tier takes, keeps and gives up by its rules: quotas, shares, time to live, second use."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from kvrag.store.admission import SecondUse
+from kvrag.store.disk import DiskTier
+from kvrag.store.ram import RamTier
+from kvrag.store.stats import LATENCY_BOUNDS_S, LatencyCounter
+from kvrag.store.tiered import Limits, TieredStore, TierSlot
+
+from .doubles import FakeClock, SlowTier
+from .helpers import FINGERPRINT, make_block, make_key, token_ids
+
+SIZE = make_block(0).nbytes
+MINE, OTHER = "a" * 32, "b" * 32
+
+
+def put(store, name, tag=MINE, **options):
+    return store.put(make_key(name, tag), make_block(name, tag=tag), **options)
+
+
+def read(store, name, tag=MINE):
+    """The tier it was read from, or None for a miss."""
+    reader = store.open(make_key(name, tag), fingerprint=FINGERPRINT, token_ids=token_ids(name))
+    if reader is None:
+        return None
+    with reader:
+        assert reader.read(0, 2) == list(make_block(name, tag=tag).segments)
+        return reader.tier
+
+
+def names(tier, tag=MINE):
+    return {name for name in range(20) if tier.contains(make_key(name, tag))}
+
+
+def of(store, name):
+    return next(tier for tier in store.stats().tiers if tier.name == name)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"nbytes": -1}, {"namespace_nbytes": -1}, {"ttl_s": -1}, {"reserved_share": 1.1}],
+)
+def test_limits_that_are_none(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Limits(**wrong)
+
+
+def test_rules_that_are_none():
+    with pytest.raises(ValueError, match="admission of ram must be one of always, second-use"):
+        TierSlot(RamTier(), admission="twice")
+    with pytest.raises(ValueError, match="write of disk must be"):
+        TierSlot(SlowTier("disk"), write="never")
+    with pytest.raises(ValueError, match="ram is not durable"):
+        TierSlot(RamTier(), write="back")
+
+
+# -- quotas and shares -------------------------------------------------------------------------
+
+
+def test_a_quota_is_kept_by_giving_up_ones_own():
+    slow = SlowTier()
+    limits = Limits(10 * SIZE, namespace_nbytes=2 * SIZE)
+    with TieredStore([TierSlot(slow, limits)]) as store:
+        put(store, 0, OTHER)
+        for name in range(4):
+            assert put(store, name).durable
+        assert names(slow) == {2, 3}
+        assert names(slow, OTHER) == {0}
+
+
+def test_a_full_quota_is_a_refusal_that_the_outcome_names():
+    slow = SlowTier()
+    with TieredStore([TierSlot(slow, Limits(None, namespace_nbytes=2 * SIZE))]) as store:
+        for name in range(2):
+            put(store, name, protected=True)
+        put(store, 0, OTHER)
+        outcome = put(store, 2)
+        assert outcome.tiers == ()
+        ((tier, reason),) = outcome.refused
+        assert tier == "slow"
+        assert f"quota of {2 * SIZE}" in reason
+        assert names(slow) == {0, 1}
+        assert names(slow, OTHER) == {0}
+        assert of(store, "slow").refused == 1
+
+
+def test_what_passes_leaves_a_corpus_its_share():
+    ram = RamTier()
+    limits = Limits(4 * SIZE, reserved_share=0.5)
+    with TieredStore([TierSlot(ram, limits), TierSlot(SlowTier())]) as store:
+        for name in range(3):
+            put(store, name, protected=True)
+        for name in range(10, 16):
+            put(store, name)
+        # One block of the corpus went with the rest of its age; two are its share.
+        assert names(ram) == {1, 2, 14, 15}
+        for name in range(3, 9):
+            put(store, name, protected=True)
+        assert names(ram) == {5, 6, 7, 8}
+
+
+def test_without_a_share_everyone_competes():
+    ram = RamTier()
+    with TieredStore([TierSlot(ram, 4 * SIZE), TierSlot(SlowTier())]) as store:
+        put(store, 0, protected=True)
+        for name in range(10, 14):
+            put(store, name)
+        assert names(ram) == {10, 11, 12, 13}
+
+
+# -- time to live ------------------------------------------------------------------------------
+
+
+def test_what_nobody_used_for_its_time_is_a_miss_and_gone():
+    clock, ram, slow = FakeClock(), RamTier(), SlowTier()
+    slots = [TierSlot(ram, Limits(ttl_s=10)), TierSlot(slow, Limits(ttl_s=100))]
+    with TieredStore(slots, clock=clock) as store:
+        put(store, 0)
+        put(store, 1, protected=True)
+        clock.now += 8
+        assert read(store, 0) == "ram"  # a use begins its time anew
+        clock.now += 8
+        assert read(store, 0) == "ram"
+        clock.now += 12
+        assert read(store, 0) == "slow"  # and it is promoted again
+        assert of(store, "ram").expired == 1
+        clock.now += 102
+        assert read(store, 0) is None
+        assert (names(ram), names(slow)) == ({1}, {1})  # a corpus's blocks stay
+        assert read(store, 1) == "ram"
+
+
+def test_what_is_open_does_not_expire():
+    clock, slow = FakeClock(), SlowTier()
+    with TieredStore([TierSlot(slow, Limits(ttl_s=10))], clock=clock) as store:
+        put(store, 0)
+        reader = store.open(make_key(0), fingerprint=FINGERPRINT, token_ids=token_ids(0))
+        clock.now += 60
+        assert read(store, 0) == "slow"
+        assert reader.read(0, 2) == list(make_block(0).segments)
+        reader.close()
+
+
+def test_puts_sweep_what_nobody_asks_for():
+    clock, slow = FakeClock(), SlowTier()
+    with TieredStore([TierSlot(slow, Limits(ttl_s=10))], clock=clock) as store:
+        for name in range(5):
+            put(store, name)
+        clock.now += 11
+        put(store, 9)
+        assert names(slow) == {9}
+        assert of(store, "slow").nbytes == SIZE
+
+
+def test_the_time_goes_on_over_a_restart(tmp_path):
+    limits = Limits(ttl_s=86_400)
+    with TieredStore([TierSlot(DiskTier(tmp_path), limits)]) as store:
+        put(store, 0)
+        put(store, 1)
+    (old,) = tmp_path.rglob(f"{make_key(0).digest}.kv")
+    then = time.time() - 90_000
+    os.utime(old, (then, then))
+    with TieredStore([TierSlot(DiskTier(tmp_path), limits)]) as store:
+        assert read(store, 0) is None
+        assert not old.exists()
+        assert read(store, 1) == "disk"
+
+
+# -- second use --------------------------------------------------------------------------------
+
+
+def test_a_second_use_admits():
+    ram, slow = RamTier(), SlowTier()
+    slots = [TierSlot(ram, admission="second-use"), TierSlot(slow)]
+    with TieredStore(slots) as store:
+        outcome = put(store, 0)
+        assert outcome.tiers == ("slow",)
+        assert outcome.refused == (("ram", "it is admitted at its second use"),)
+        assert of(store, "ram").refused == 0
+        assert read(store, 0) == "slow"
+        assert read(store, 0) == "ram"
+
+
+def test_a_scan_does_not_reach_memory():
+    ram, slow = RamTier(), SlowTier()
+    slots = [TierSlot(ram, 2 * SIZE, admission="second-use"), TierSlot(slow)]
+    with TieredStore(slots) as store:
+        for _ in range(2):
+            put(store, 0)
+        for name in range(1, 20):
+            put(store, name)
+        assert names(ram) == {0}
+
+
+def test_a_durable_tier_takes_a_corpus_at_once():
+    slow = SlowTier()
+    with TieredStore([TierSlot(RamTier()), TierSlot(slow, admission="second-use")]) as store:
+        assert not put(store, 0).durable
+        assert put(store, 1, protected=True).durable
+        assert put(store, 0).durable
+
+
+def test_second_use_forgets_in_the_end():
+    seen = SecondUse(most=100)
+    assert not seen.again(make_key("x"))
+    assert seen.again(make_key("x"))
+    for name in range(200):
+        seen.again(make_key(name))
+    assert not seen.again(make_key("x"))
+
+
+# -- counters ----------------------------------------------------------------------------------
+
+
+def test_latencies_of_each_operation():
+    with TieredStore([TierSlot(RamTier()), TierSlot(SlowTier())]) as store:
+        put(store, 0)
+        read(store, 0)
+        ram, slow = store.stats().tiers
+    assert (ram.write_latency.count, ram.read_latency.count) == (1, 1)
+    assert ram.lookup_latency.count == 1
+    assert (slow.write_latency.count, slow.read_latency.count) == (1, 0)
+    assert 0 < ram.write_latency.sum_s < 10
+
+
+def test_quantiles_are_the_upper_ends_of_buckets():
+    counter = LatencyCounter()
+    assert counter.read().quantile(0.5) is None
+    for seconds in (1e-6, 20e-6, 20e-6, 99):
+        counter.add(seconds)
+    latency = counter.read()
+    assert latency.counts[:3] == (1, 2, 0)
+    assert latency.quantile(0.25) == LATENCY_BOUNDS_S[0] == 16e-6
+    assert latency.quantile(0.5) == 32e-6
+    assert latency.quantile(1) == float("inf")
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        latency.quantile(50)

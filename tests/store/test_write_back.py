@@ -1,0 +1,257 @@
+"""Writing back: a bounded queue, what a crash loses, and that only what is owed is written."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from kvrag.store.disk import DiskTier
+from kvrag.store.ram import RamTier, _Held
+from kvrag.store.tiered import TieredStore, TierSlot
+
+from .doubles import SlowTier, in_threads
+from .helpers import FINGERPRINT, make_block, make_key, token_ids, whole_bytes
+
+SIZE = make_block(0).nbytes
+
+
+class GatedTier(SlowTier):
+    """Writes wait for `open_gate`, and set `writing`."""
+
+    def __init__(self):
+        super().__init__()
+        self.open_gate, self.writing = threading.Event(), threading.Event()
+
+    def put(self, key, block):
+        self.writing.set()
+        assert self.open_gate.wait(10)
+        super().put(key, block)
+
+
+@pytest.fixture
+def ram():
+    return RamTier()
+
+
+@pytest.fixture
+def slow():
+    return GatedTier()
+
+
+@pytest.fixture
+def store(ram, slow):
+    slots = [TierSlot(ram, 8 * SIZE), TierSlot(slow, write="back")]
+    with TieredStore(slots, write_back_nbytes=2 * SIZE) as store:
+        yield store
+        slow.open_gate.set()
+
+
+def put(store, name, version=0, **options):
+    return store.put(make_key(name), make_block(name, version=version), **options)
+
+
+def of(store, name):
+    return next(tier for tier in store.stats().tiers if tier.name == name)
+
+
+def test_a_put_returns_before_the_slow_tier_has_it(store, slow):
+    outcome = put(store, 0)
+    assert outcome.tiers == ("ram",)
+    assert outcome.pending == ("slow",)
+    assert not outcome.durable
+    assert not store.holds_durably(make_key(0))
+    assert of(store, "slow").pending_blocks == 1
+    assert of(store, "slow").pending_nbytes == SIZE
+    slow.open_gate.set()
+    store.flush()
+    assert store.holds_durably(make_key(0))
+    assert bytes(slow._held[make_key(0)].data) == whole_bytes(make_block(0))
+    assert of(store, "slow").pending_blocks == of(store, "slow").pending_nbytes == 0
+
+
+def test_a_full_queue_writes_through_and_waits(store, slow):
+    for name in range(2):
+        assert put(store, name).pending == ("slow",)
+    assert slow.writing.wait(10)
+    outcomes = []
+    thread = threading.Thread(target=lambda: outcomes.append(put(store, 2)))
+    thread.start()
+    time.sleep(0.05)
+    assert not outcomes  # the caller is held back as long as the tier is
+    assert of(store, "slow").pending_nbytes <= 2 * SIZE
+    slow.open_gate.set()
+    thread.join()
+    assert outcomes[0].durable
+    assert outcomes[0].pending == ()
+
+
+def test_what_waits_is_not_evicted(store, ram, slow):
+    put(store, 0)
+    for name in range(1, 12):
+        ram_only = threading.Thread(target=put, args=(store, name), daemon=True)
+        ram_only.start()
+    time.sleep(0.05)
+    assert ram.contains(make_key(0))
+    slow.open_gate.set()
+    store.flush()
+    assert store.holds_durably(make_key(0))
+
+
+def test_a_corpus_job_is_written_through(store, slow):
+    slow.open_gate.set()
+    outcome = put(store, 0, durable_only=True)
+    assert (outcome.tiers, outcome.durable, outcome.pending) == (("slow",), True, ())
+
+
+def test_what_no_memory_takes_is_written_through(slow):
+    slow.open_gate.set()
+    slots = [TierSlot(RamTier(), SIZE - 1), TierSlot(slow, write="back")]
+    with TieredStore(slots) as store:
+        assert put(store, 0).durable
+
+
+def test_a_deleted_block_is_not_written(store, slow):
+    put(store, 0)
+    assert slow.writing.wait(10)
+    put(store, 1)  # waits behind the first
+    deleted = threading.Thread(target=store.delete, args=(make_key(1),))
+    deleted.start()
+    deleted.join()
+    slow.open_gate.set()
+    store.flush()
+    assert slow.contains(make_key(0))
+    assert not slow.contains(make_key(1))
+    assert of(store, "ram").nbytes == SIZE
+
+
+def test_only_the_last_version_is_written(store, slow):
+    put(store, 0)
+    assert slow.writing.wait(10)
+    put(store, 1)
+    put(store, 1, version=1)
+    slow.open_gate.set()
+    store.flush()
+    assert bytes(slow._held[make_key(1)].data) == whole_bytes(make_block(1, version=1))
+
+
+def test_a_bit_that_flipped_in_memory_is_not_made_durable(store, ram, slow):
+    put(store, 0)
+    assert slow.writing.wait(10)
+    put(store, 1)
+    data = bytearray(ram._held[make_key(1)].data)
+    data[5000] ^= 1
+    ram._held[make_key(1)] = _Held(memoryview(bytes(data)))
+    slow.open_gate.set()
+    store.flush()
+    assert not slow.contains(make_key(1))
+    assert of(store, "ram").damaged == 1
+
+
+def test_a_tier_that_fails_leaves_the_block_in_memory(store, ram, slow):
+    put(store, 0)
+    slow.down = True
+    slow.open_gate.set()
+    store.flush()
+    assert ram.contains(make_key(0))
+    assert of(store, "slow").refused == 1
+    assert of(store, "slow").pending_blocks == 0
+
+
+def test_a_bug_in_a_tier_does_not_end_the_thread(store, slow, monkeypatch, caplog):
+    slow.open_gate.set()
+    monkeypatch.setattr(slow, "put", lambda *_: 1 / 0)
+    put(store, 0)
+    store.flush()
+    assert "not written back" in caplog.text
+    assert of(store, "slow").errors == 1
+    monkeypatch.undo()
+    put(store, 1)
+    store.flush()
+    assert store.holds_durably(make_key(1))
+
+
+def test_close_writes_what_waits(tmp_path):
+    store = TieredStore([TierSlot(RamTier()), TierSlot(DiskTier(tmp_path), write="back")])
+    for name in range(20):
+        put(store, name)
+    store.close()
+    store.close()
+    with DiskTier(tmp_path) as disk:
+        assert set(disk.keys()) == {make_key(name) for name in range(20)}
+
+
+def test_many_threads(tmp_path):
+    """Puts and deletes at once: in the end the disk has what memory has."""
+    ram, disk = RamTier(), DiskTier(tmp_path)
+    slots = [TierSlot(ram), TierSlot(disk, write="back")]
+    with TieredStore(slots, write_back_nbytes=3 * SIZE) as store:
+
+        def work(seed):
+            for step in range(20):
+                name = (seed + step) % 6
+                if (seed * 3 + step) % 4:
+                    put(store, name, version=(seed + step) % 2)
+                else:
+                    store.delete(make_key(name))
+
+        in_threads(6, work)
+        store.flush()
+        assert set(ram.keys()) == set(disk.keys())
+        for key in set(ram.keys()):
+            assert ram.header(key) == disk.header(key)
+        assert [tier.pending_nbytes for tier in store.stats().tiers] == [0, 0]
+
+
+WRITER = textwrap.dedent(
+    """
+    import itertools, sys
+    from kvrag.store.disk import DiskTier
+    from kvrag.store.ram import RamTier
+    from kvrag.store.tiered import TieredStore, TierSlot
+    from tests.store.helpers import make_block, make_key
+
+    slots = [TierSlot(RamTier(), 4_000_000), TierSlot(DiskTier(sys.argv[1]), write="back")]
+    store = TieredStore(slots, write_back_nbytes=2_000_000)
+    blocks = [make_block(name, segment_nbytes=200_000) for name in range(40)]
+    print("ready", flush=True)
+    for step in itertools.count():
+        block = blocks[step % 40]
+        if store.put(block.header.key, block).durable:
+            print(step % 40, flush=True)
+        elif store.holds_durably(block.header.key):
+            print(step % 40, flush=True)
+    """
+)
+
+
+def test_a_kill_loses_only_what_was_not_durable_and_never_half_a_block(tmp_path):
+    for told_before in (1, 7):
+        command = [sys.executable, "-c", WRITER, str(tmp_path)]
+        root = Path(__file__).parents[2]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as writer:
+            assert writer.stdout.readline() == "ready\n"
+            told = [int(writer.stdout.readline()) for _ in range(told_before)]
+            writer.send_signal(signal.SIGKILL)
+            told += [int(line) for line in writer.stdout.read().split("\n")[:-1]]
+        with TieredStore([TierSlot(DiskTier(tmp_path))]) as store:
+            for key in list(store.keys()):
+                name = next(name for name in range(40) if make_key(name) == key)
+                assert read(store, name)
+            for name in told:
+                assert read(store, name), f"block {name} was durable, and is lost"
+            assert store.stats().tiers[0].damaged == 0
+
+
+def read(store, name):
+    reader = store.open(make_key(name), fingerprint=FINGERPRINT, token_ids=token_ids(name))
+    if reader is None:
+        return False
+    with reader:
+        return reader.read(0, 2) == list(make_block(name, segment_nbytes=200_000).segments)
