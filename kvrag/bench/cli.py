@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from kvrag.bench import fidelity, kernels, layers, pipeline, ttft
+from kvrag.bench import fidelity, kernels, layers, pipeline, store, ttft
 from kvrag.bench.peers import PEERS, peer_option
 from kvrag.config import Settings
 from kvrag.engine import Engine
@@ -195,6 +195,29 @@ def kernels_command(
     options = kernels.KernelOptions(tokens, chunk_tokens, ratio, repetitions)
     with _engine(context) as engine:
         kernels.run(engine, options)
+
+
+@app.command("store")
+def store_command(
+    context: typer.Context,
+    data: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names in the eval_data folder (xquad5), or .jsonl files."),
+    ] = None,
+    items: Annotated[int, typer.Option(min=2, help="Questions drawn from each.")] = 1000,
+    k: Annotated[int, typer.Option(min=1, help="Passages retrieved for each question.")] = 4,
+    blocks: Annotated[
+        str, typer.Option(metavar="N,M,…", help="Sizes of the store whose own cost is measured.")
+    ] = "1000,10000,100000,1000000",
+    seed: Annotated[int, typer.Option(help="Draws items and traces.")] = 0,
+) -> None:
+    """Hit rates of eviction policies, and what a store of many blocks takes in time and memory."""
+    sizes = _numbers("--blocks", blocks)
+    if min(sizes) < 2:
+        raise InputError(f"--blocks is {blocks!r}; a store of fewer than 2 tells nothing")
+    options = store.StoreBenchOptions(items=items, k=k, blocks=sizes, seed=seed)
+    with _engine(context) as engine:
+        store.run(engine, [_data_path(engine.settings, name) for name in data or ()], options)
 
 
 def _numbers(option: str, given: str | None) -> tuple[int, ...]:
