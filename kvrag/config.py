@@ -39,6 +39,10 @@ def _cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "kvrag"
 
 
+PolicyName = Literal["lru", "lfu", "cost", "s3-fifo"]
+AdmissionName = Literal["always", "second-use"]
+
+
 class Settings(BaseSettings):
     """What an engine is opened with. Immutable.
 
@@ -118,6 +122,34 @@ class Settings(BaseSettings):
     ram_bytes: int = Field(2 * 2**30, ge=0, description="Most bytes of KV in memory.")
     disk_bytes: int | None = Field(
         None, ge=0, description="Most bytes of KV on disk; None is no limit."
+    )
+    ram_policy: PolicyName = Field("lru", description="What memory evicts first.")
+    disk_policy: PolicyName = Field("lru", description="What the disk evicts first.")
+    ram_admission: AdmissionName = Field(
+        "always", description="Whether memory takes a block at its first use or its second."
+    )
+    disk_admission: AdmissionName = Field(
+        "always", description="The same for the disk, which takes a corpus's blocks at once."
+    )
+    disk_write: Literal["through", "back"] = Field(
+        "through", description="Whether a request waits for the disk, or a thread writes later."
+    )
+    ram_reserved: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of ram_bytes that blocks of no corpus leave to those of one.",
+    )
+    namespace_ram_bytes: int | None = Field(
+        None, ge=0, description="Most bytes of one namespace's KV in memory; None is no quota."
+    )
+    namespace_disk_bytes: int | None = Field(
+        None, ge=0, description="Most bytes of one namespace's KV on disk; None is no quota."
+    )
+    ttl_s: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds without use after which KV that no corpus refers to is deleted.",
     )
     device_bytes: int = Field(
         0, ge=0, description="Most bytes of decoded KV kept on the device; 0 keeps none."

@@ -47,13 +47,12 @@ from kvrag.retrieval.documents import Document
 from kvrag.retrieval.loaders import Skipped
 from kvrag.retriever import KVRetriever, RetrievedChunk
 from kvrag.store.codecs import codec
-from kvrag.store.disk import DiskTier
 from kvrag.store.keys import KeyMaker
-from kvrag.store.ram import RamTier
 from kvrag.store.secret import load_or_create_secret
-from kvrag.store.tiered import StoreStats, TieredStore, TierSlot
+from kvrag.store.tiered import StoreStats, TieredStore
 from kvrag.stream import AnswerStream, Context
 from kvrag.text import check_text
+from kvrag.tiers import tier_slots
 
 __all__ = ["Engine"]
 
@@ -110,12 +109,7 @@ class Engine:
         except OSError as exc:
             raise SettingsError(f"home {home} cannot be made: {exc.strerror}") from exc
         self._keys = KeyMaker(load_or_create_secret(home / "key.secret"))
-        self.store = TieredStore(
-            [
-                TierSlot(RamTier(), settings.ram_bytes),
-                TierSlot(DiskTier(home / "kv"), settings.disk_bytes),
-            ]
-        )
+        self.store = TieredStore(tier_slots(settings))
         self._lock = threading.RLock()
         self._corpus: tuple[Corpus, PlacedBlocks, KVRetriever] | None = None
         self._corpus_made = False

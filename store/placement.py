@@ -10,17 +10,18 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .block import Block, encode_header, verify_segment
 from .errors import BlockFormatError, TierError
 from .keys import packed, unpacked
 from .ledger import Standing
 from .locks import KeyLocks
+from .maintenance import read_block
 from .slot import Refused, Slot, recompute_cost
 from .write_back import Pending, WriteBack
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from .block import Block
     from .header import BlockHeader
     from .keys import BlockKey
     from .ledger import Receipt
@@ -234,7 +235,8 @@ class Placement:
             if not self.write_back.is_owed():
                 return
             try:
-                block = _read_whole(pending.source, key)
+                with pending.source.asked():
+                    block = read_block(pending.source.tier, key)
             except TierError:
                 block = None  # counted, and logged
             except BlockFormatError as exc:
@@ -269,15 +271,3 @@ class Placement:
             except TierError:
                 continue
             self.forget_held(slot, key)
-
-
-def _read_whole(slot: Slot, key: BlockKey) -> Block | None:
-    """The block in this slot, verified. Raises `BlockFormatError` and `TierError`."""
-    with slot.asked():
-        header = slot.tier.header(key)
-        views = None if header is None else slot.tier.segments(key, 0, len(header.segments))
-    if header is None or views is None:
-        return None
-    for index, view in enumerate(views):
-        verify_segment(header, index, view)
-    return Block(header, encode_header(header), tuple(views))

@@ -194,6 +194,7 @@ class Slot:
         return TierStats(
             name=self.name,
             durable=self.durable,
+            policy=self.ledger.policy.name,
             healthy=self._health.healthy,
             nbytes=self.ledger.used_nbytes,
             limit_bytes=self.ledger.limits.nbytes,

@@ -70,6 +70,7 @@ class TierStats:
 
     name: str
     durable: bool
+    policy: str
     healthy: bool
     nbytes: int
     limit_bytes: int | None

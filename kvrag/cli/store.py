@@ -1,4 +1,7 @@
-"""`kvrag store`: what lies in the store and the catalog. `advise` alone opens a model."""
+"""`kvrag store`: what lies in the store and the catalog, and keeping it in order.
+
+`advise` opens a model, and so does `verify --repair` where a block has to be computed again.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,21 @@ import typer
 
 from kvrag.cli.advise import advise
 from kvrag.cli.common import JsonOption, format_bytes, plain_table, print_json, settings_of, show
+from kvrag.cli.maintain import copy, gc, ls, verify
 
 if TYPE_CHECKING:
     from kvrag.config import Settings
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Look into the store.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Look into the store, and keep it in order.", no_args_is_help=True, rich_markup_mode=None
+)
 app.command("advise")(advise)
+app.command("ls")(ls)
+app.command("verify")(verify)
+app.command("gc")(gc)
+app.command("copy")(copy)
 
 
 @app.command()
@@ -26,7 +36,7 @@ def stat(context: typer.Context, as_json: JsonOption = False) -> None:
     if as_json:
         print_json(facts)
         return
-    columns = ("tier", "blocks", "bytes", "limit", "damaged", "errors", "healthy", "durable")
+    columns = ("tier", "blocks", "bytes", "limit", "policy", "damaged", "errors", "healthy")
     table = plain_table(*columns, title=f"Store of {facts['home']}")
     for tier in facts["tiers"]:
         limit = tier["limit_bytes"]
@@ -35,10 +45,10 @@ def stat(context: typer.Context, as_json: JsonOption = False) -> None:
             str(tier["blocks"]),
             format_bytes(tier["nbytes"]),
             "none" if limit is None else format_bytes(limit),
+            tier["policy"],
             str(tier["damaged"]),
             str(tier["errors"]),
             "yes" if tier["healthy"] else "no",
-            "yes" if tier["durable"] else "no",
         )
     catalog = facts["catalog"]
     show(
@@ -59,19 +69,14 @@ def store_facts(settings: Settings) -> dict[str, Any]:
     """
     from kvrag.errors import SettingsError
     from kvrag.retrieval.catalog import Catalog, Counts
-    from kvrag.store.disk import DiskTier
     from kvrag.store.layout import Layout
-    from kvrag.store.ram import RamTier
-    from kvrag.store.tiered import TieredStore, TierSlot
+    from kvrag.store.tiered import TieredStore
+    from kvrag.tiers import tier_slots
 
     home = settings.home
     if not home.is_dir():
         raise SettingsError(f"home {home} does not exist; `kvrag precompute` makes it")
-    slots = [
-        TierSlot(RamTier(), settings.ram_bytes),
-        TierSlot(DiskTier(home / "kv"), settings.disk_bytes),
-    ]
-    with TieredStore(slots) as store:
+    with TieredStore(tier_slots(settings)) as store:
         tiers = [dataclasses.asdict(tier) for tier in store.stats().tiers]
     counts = Counts(0, 0, 0, 0)
     if (home / "catalog.sqlite").exists():

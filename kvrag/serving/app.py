@@ -25,7 +25,7 @@ from kvrag.serving.errors import problem_of
 from kvrag.serving.guard import Guard
 from kvrag.serving.query import query_router
 from kvrag.serving.queue import ModelQueue
-from kvrag.serving.schemas import BlendingBody, ControllerBody, Health, error_responses
+from kvrag.serving.schemas import BlendingBody, ControllerBody, Health, TierBody, error_responses
 from kvrag.store.errors import StoreError
 
 __all__ = ["MAX_BODY_BYTES", "create_app"]
@@ -91,6 +91,7 @@ def create_app(engine: Engine, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastA
             running=queue.running,
             blending=BlendingBody.model_validate(asdict(engine.blending)),
             controller=ControllerBody.model_validate(asdict(engine.controller.estimates)),
+            tiers=[TierBody.model_validate(asdict(tier)) for tier in engine.store.stats().tiers],
         )
 
     return app

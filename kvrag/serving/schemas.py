@@ -40,6 +40,7 @@ __all__ = [
     "PageQuery",
     "QueryBody",
     "StoredDocumentBody",
+    "TierBody",
     "error_responses",
 ]
 
@@ -397,6 +398,39 @@ class ControllerBody(_Reply):
     full: int = Field(description="Decisions for full prefill, since loading is slower.")
 
 
+class LatencyBody(_Reply):
+    counts: list[int] = Field(
+        description="Operations by duration: up to 16 microseconds, 32, 64, … 16.8 s, and longer."
+    )
+    sum_s: float
+
+
+class TierBody(_Reply):
+    """One tier since the server was started."""
+
+    name: str
+    durable: bool
+    policy: str
+    healthy: bool = Field(description="Whether the last operation worked.")
+    nbytes: int
+    limit_bytes: int | None
+    blocks: int
+    hits: int
+    misses: int
+    bytes_read: int
+    bytes_written: int
+    evictions: int
+    expired: int = Field(description="Blocks deleted after their time to live.")
+    refused: int = Field(description="Blocks not written, for want of room or by a failure.")
+    damaged: int
+    errors: int
+    pending_blocks: int = Field(description="Blocks that wait to be written back.")
+    pending_nbytes: int
+    lookup_latency: LatencyBody
+    read_latency: LatencyBody
+    write_latency: LatencyBody
+
+
 class Health(_Reply):
     status: Literal["ok"]
     model: str
@@ -405,6 +439,7 @@ class Health(_Reply):
     running: int = Field(description="1 while the model works on a request.")
     blending: BlendingBody
     controller: ControllerBody
+    tiers: list[TierBody] = Field(description="Of the store, the fastest first.")
 
 
 class ErrorDetail(_Reply):
