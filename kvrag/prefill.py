@@ -336,7 +336,7 @@ class _Run:
             len(blocks.prefix_ids), len(token_ids), time.perf_counter() - begun
         )
         outcome = blocks.put(block)
-        if not outcome.durable:
+        if outcome.lost:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.refused)
             self._warnings.append(f"KV was computed but not stored durably ({reasons})")
         return blocks.layers(block)

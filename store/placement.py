@@ -38,14 +38,20 @@ class PutOutcome:
     """Where a put block lies now.
 
     `tiers`: names of the tiers that took it, fastest first. `durable`: one of them outlives the
-    process. `pending`: names of those that it will be written back to. `refused`: (name, reason in
-    a sentence) of the others.
+    process. `pending`: names of those that it will be written back to; `deferred`: of those that
+    take it at its second use. `refused`: (name, reason in a sentence) of the others.
     """
 
     tiers: tuple[str, ...]
     durable: bool
     refused: tuple[tuple[str, str], ...]
     pending: tuple[str, ...] = ()
+    deferred: tuple[str, ...] = ()
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is durable nowhere, against the rules: for want of room, or by a failure."""
+        return bool(self.refused) and not (self.durable or self.pending or self.deferred)
 
 
 class Placement:
@@ -92,8 +98,9 @@ class Placement:
         return PutOutcome(
             tiers=tuple(slot.name for slot in taken),
             durable=any(slot.durable for slot in taken),
-            refused=tuple((name, why.reason) for name, why in refused.items()),
+            refused=tuple((n, why.reason) for n, why in refused.items() if not why.expected),
             pending=tuple(pending),
+            deferred=tuple(name for name, why in refused.items() if why.expected),
         )
 
     def promote_held(self, key: BlockKey, block: Block, source: Slot) -> None:

@@ -31,6 +31,10 @@ def test_reports_foresee_and_health_shows_how_well(url):
     assert measured["tiers"]["ram"]["bytes_per_s"] > 0
     assert measured["full_flops_per_s"] > 0
     assert measured["blend_flops_per_s"] > 0
+    ram, disk = content["tiers"]
+    assert (ram["name"], disk["name"]) == ("ram", "disk")
+    assert ram["hits"] > 0
+    assert sum(disk["write_latency"]["counts"]) > 0
 
 
 @pytest.mark.parametrize("options", [{"ratio": 0.4}, {"strategy": "reuse"}, {"strategy": "full"}])

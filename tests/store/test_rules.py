@@ -82,6 +82,7 @@ def test_a_full_quota_is_a_refusal_that_the_outcome_names():
         put(store, 0, OTHER)
         outcome = put(store, 2)
         assert outcome.tiers == ()
+        assert outcome.lost
         ((tier, reason),) = outcome.refused
         assert tier == "slow"
         assert f"quota of {2 * SIZE}" in reason
@@ -181,7 +182,7 @@ def test_a_second_use_admits():
     with TieredStore(slots) as store:
         outcome = put(store, 0)
         assert outcome.tiers == ("slow",)
-        assert outcome.refused == (("ram", "it is admitted at its second use"),)
+        assert (outcome.deferred, outcome.refused) == (("ram",), ())
         assert of(store, "ram").refused == 0
         assert read(store, 0) == "slow"
         assert read(store, 0) == "ram"
@@ -201,7 +202,8 @@ def test_a_scan_does_not_reach_memory():
 def test_a_durable_tier_takes_a_corpus_at_once():
     slow = SlowTier()
     with TieredStore([TierSlot(RamTier()), TierSlot(slow, admission="second-use")]) as store:
-        assert not put(store, 0).durable
+        outcome = put(store, 0)
+        assert (outcome.durable, outcome.deferred, outcome.lost) == (False, ("slow",), False)
         assert put(store, 1, protected=True).durable
         assert put(store, 0).durable
 

@@ -66,6 +66,7 @@ def test_a_put_returns_before_the_slow_tier_has_it(store, slow):
     assert outcome.tiers == ("ram",)
     assert outcome.pending == ("slow",)
     assert not outcome.durable
+    assert not outcome.lost
     assert not store.holds_durably(make_key(0))
     assert of(store, "slow").pending_blocks == 1
     assert of(store, "slow").pending_nbytes == SIZE
