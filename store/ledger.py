@@ -63,7 +63,7 @@ class Limits:
         for name in ("nbytes", "namespace_nbytes", "ttl_s"):
             value = getattr(self, name)
             if value is not None and value < 0:
-                raise ValueError(f"{name} must be at least 0, or None, got {value}")
+                raise ValueError(f"the limit {name} must be at least 0, or None, got {value}")
         if not 0 <= self.reserved_share <= 1:
             raise ValueError(f"reserved_share must be from 0 to 1, got {self.reserved_share}")
 

@@ -510,7 +510,7 @@ def throttled(tiny, tmp_path, monkeypatch):
         return project(layer, x)
 
     monkeypatch.setattr(Layer, "project", slow)
-    monkeypatch.setattr("kvrag.engine.DiskTier", ThrottledDisk)
+    monkeypatch.setattr("kvrag.tiers.DiskTier", ThrottledDisk)
     monkeypatch.setattr(ThrottledDisk, "bytes_per_s", 1e9)
 
     def opened(**settings):
