@@ -26,7 +26,7 @@ def tier_slots(settings: Settings) -> list[TierSlot]:
             admission=settings.ram_admission,
         ),
         TierSlot(
-            DiskTier(settings.home / "kv"),
+            DiskTier(settings.home / "kv", fsync=settings.disk_fsync == "always"),
             Limits(
                 settings.disk_bytes,
                 namespace_nbytes=settings.namespace_disk_bytes,

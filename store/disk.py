@@ -2,6 +2,10 @@
 
 Several processes may share a root: what another one writes is found, what it removes is a miss. A
 deletion is not made durable: after a power loss a deleted block may be back, whole.
+
+What a killed process leaves is whole blocks, whatever `fsync` says. After a power loss, with
+`fsync`, every block whose `put` returned is there, whole. Without, a block may be gone or damaged
+(cut short, or zeros where its bytes should be): its checksums tell, and it is computed again.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from .files import make_folders, sync_folder, write_all
 from .header import ALIGNMENT
 from .header_cache import HeaderCache
 from .layout import Layout, open_temporary, remove_if_abandoned
+from .quarantine import Quarantine
 from .tier import StoredBlock, Tier, check_key, segment_range, split_segments
 
 if TYPE_CHECKING:
@@ -31,31 +36,42 @@ if TYPE_CHECKING:
 
 __all__ = ["DiskTier"]
 
-_QUARANTINE_FILES = 16
 _TOUCH_GRAIN_S = 3600.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_TRIES = 4  # to write while someone removes the folders
 
 
 class DiskTier(Tier):
     """Blocks under `root`. Segments it returns are in memory of their own.
 
-    The constructor makes the root and removes what a crash left half written. Raises `TierError` if
-    the root cannot be used. Nothing is kept in memory of the files but some headers.
+    The constructor makes the root and removes what a crash left half written. Nothing is kept in
+    memory of the files but some headers. `fsync`: whether `put` waits until the device has the
+    block. A root that cannot be written is read all the same. Raises `TierError` if the root cannot
+    be used.
     """
 
     durable = True
 
-    def __init__(self, root: Path | str, name: str = "disk") -> None:
+    def __init__(self, root: Path | str, name: str = "disk", *, fsync: bool = True) -> None:
         self.name = name
+        self._fsync = fsync
         self._layout = Layout(Path(root))
+        self._quarantine = Quarantine(self._layout.quarantine)
         self._headers = HeaderCache()
         self._durable_folders: set[Path] = set()
         self._closed = False
         with self._outages():
-            make_folders(self._layout.blocks)
-            make_folders(self._layout.quarantine)
+            make_folders(self._layout.blocks, sync=fsync)
+            now_s = time.time()
             for key, entry in self._layout.walk():
                 if key is None:
                     remove_if_abandoned(entry)
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.stat(follow_symlinks=False).st_mtime > now_s:
+                        # The clock was set back. Left so, it would seem the newest for as long.
+                        _set_time(entry.path, now_s)
 
     def header(self, key: BlockKey) -> BlockHeader | None:
         with self._opened(key) as descriptor:
@@ -75,21 +91,25 @@ class DiskTier(Tier):
     def put(self, key: BlockKey, block: Block) -> None:
         check_key(key, block)
         path = self._layout.path(key)
-        with self._outages():
+        with self._outages(writing=True):
             descriptor, temporary = self._open_temporary(path)
             try:
                 write_all(descriptor, [memoryview(block.header_bytes), *block.segments])
-                os.fsync(descriptor)
+                if self._fsync:
+                    os.fsync(descriptor)
                 os.replace(temporary, path)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
             finally:
                 os.close(descriptor)
-            sync_folder(path.parent)
+            if self._fsync:
+                # A folder that was removed meanwhile took the block along: a miss like any other.
+                with contextlib.suppress(FileNotFoundError):
+                    sync_folder(path.parent)
 
     def delete(self, key: BlockKey) -> bool:
-        with self._outages():
+        with self._outages(writing=True):
             return _unlink(self._layout.path(key))
 
     def contains(self, key: BlockKey) -> bool:
@@ -118,21 +138,17 @@ class DiskTier(Tier):
         return sum(status.st_size for _, status in self._statuses())
 
     def quarantine(self, key: BlockKey) -> None:
-        """Move the file aside. The newest 16 are kept, so that a flood cannot fill the disk."""
-        folder = self._layout.quarantine
-        with self._outages():
-            with contextlib.suppress(FileNotFoundError):
-                aside = folder / f"{time.time_ns():020d}.{key.tag}.{key.digest}.kv"
-                os.replace(self._layout.path(key), aside)
-            for old in sorted(os.listdir(folder))[:-_QUARANTINE_FILES]:
-                _unlink(folder / old)
+        """Move the file aside: see `Quarantine` for how many are kept."""
+        with self._outages(writing=True):
+            self._quarantine.take(self._layout.path(key), key)
 
     def touch(self, key: BlockKey) -> None:
         """Set the file's modification time, at most once an hour."""
         now_s, path = time.time(), self._layout.path(key)
-        with contextlib.suppress(OSError):  # a read-only root serves all the same
-            if now_s - path.stat().st_mtime >= _TOUCH_GRAIN_S:
-                os.utime(path, (now_s, now_s))
+        with contextlib.suppress(OSError):
+            # Below 0 the clock was set back, and what the file says must be corrected.
+            if not 0 <= now_s - path.lstat().st_mtime < _TOUCH_GRAIN_S:
+                _set_time(path, now_s)
 
     def close(self) -> None:
         self._closed = True
@@ -148,14 +164,14 @@ class DiskTier(Tier):
         return found
 
     @contextlib.contextmanager
-    def _outages(self) -> Iterator[None]:
+    def _outages(self, *, writing: bool = False) -> Iterator[None]:
         if self._closed:
             raise TierError(self.name, "it is closed")
         try:
             yield
         except OSError as exc:
-            full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
-            kind = TierFullError if full else TierError
+            refused = exc.errno in _FULL or (writing and exc.errno in _READ_ONLY)
+            kind = TierFullError if refused else TierError
             raise kind(self.name, exc.strerror or str(exc)) from exc
 
     @contextlib.contextmanager
@@ -185,18 +201,23 @@ class DiskTier(Tier):
         return header
 
     def _open_temporary(self, path: Path) -> tuple[int, Path]:
-        for _ in range(2):
-            if path.parent not in self._durable_folders:
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                # Also when it was there: who made it may not have come as far as this.
-                sync_folder(path.parent.parent)
-                sync_folder(path.parent.parent.parent)
-                self._durable_folders.add(path.parent)
+        for _ in range(_TRIES):
             try:
+                self._make_durable(path.parent)
                 return open_temporary(path)
-            except FileNotFoundError:  # someone removed the folder: it is made once more
+            except FileNotFoundError:  # someone removed a folder: it is made once more
                 self._durable_folders.discard(path.parent)
         raise TierError(self.name, f"{path.parent} is removed as soon as it is made")
+
+    def _make_durable(self, folder: Path) -> None:
+        if folder in self._durable_folders:
+            return
+        make_folders(folder, sync=self._fsync)
+        if self._fsync:
+            # Also when it was there: who made it may not have come as far as this.
+            sync_folder(folder.parent)
+            sync_folder(folder.parent.parent)
+        self._durable_folders.add(folder)
 
 
 def _open(path: Path) -> int | None:
@@ -210,6 +231,11 @@ def _open(path: Path) -> int | None:
         if exc.errno in (errno.ELOOP, errno.ENXIO):
             raise BlockFormatError("what lies in the block's place is no file") from exc
         raise
+
+
+def _set_time(path: Path | str, now_s: float) -> None:
+    with contextlib.suppress(OSError):  # a read-only root serves all the same
+        os.utime(path, (now_s, now_s), follow_symlinks=False)
 
 
 def _unlink(path: Path) -> bool:

@@ -7,7 +7,7 @@
     ├── BlockFormatError  (ValueError)  bytes that are no sound block: bounds, types, checksums
     ├── DamagedBlockError               no tier has a sound copy of an opened block (any more)
     └── TierError                       a tier is out of service; carries its name
-        └── TierFullError               … because the device behind it has no space left
+        └── TierFullError               … for writing: the device is full or read-only
 
 A miss is none of these: it is `None`.
 """
@@ -75,4 +75,4 @@ class TierError(StoreError):
 
 
 class TierFullError(TierError):
-    """The device behind a tier has no space left. Reading from it still works."""
+    """The device behind a tier is full, or may not be written. Reading from it still works."""

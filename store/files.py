@@ -1,7 +1,8 @@
-"""Durable file operations: what returns from here survives a power loss."""
+"""File operations that, synced, survive a power loss."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def make_folders(folder: Path, mode: int = 0o700) -> None:
-    """Make `folder` and its missing parents, each durable in its own parent. Raises `OSError`."""
+def make_folders(folder: Path, *, sync: bool = True) -> None:
+    """Make `folder` and its missing parents, with `sync` each durable in its own parent.
+
+    Those made are for us alone, whatever the umask. Raises `OSError`.
+    """
     missing = []
     place = folder
     while not place.is_dir():
@@ -30,8 +34,12 @@ def make_folders(folder: Path, mode: int = 0o700) -> None:
             break
         place = place.parent
     for place in reversed(missing):
-        place.mkdir(mode=mode, exist_ok=True)
-        sync_folder(place.parent)
+        # Another process may be making it, too, and have come as far as this.
+        with contextlib.suppress(FileExistsError):
+            place.mkdir(mode=0o700)
+            place.chmod(0o700)
+        if sync:
+            sync_folder(place.parent)
 
 
 def write_all(descriptor: int, buffers: list[memoryview]) -> None:

@@ -2,13 +2,14 @@
 
     root/blocks/<tag>/<digest[:2]>/<digest>.kv      one block
     root/blocks/<tag>/<digest[:2]>/.<digest>.….tmp  one being written
-    root/quarantine/<time_ns>.<tag>.<digest>.kv     damaged blocks, a few, to look at
+    root/quarantine/                                damaged blocks, a few, to look at
 
 Other names are left alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import secrets
@@ -65,21 +66,21 @@ def open_temporary(path: Path) -> tuple[int, Path]:
 
 
 def remove_if_abandoned(entry: os.DirEntry[str]) -> bool:
-    """Remove a temporary file that no living process writes; whether it was. Raises `OSError`."""
+    """Remove a temporary file that no living process writes; whether it was.
+
+    One that cannot be removed costs its space alone, so it is left for another time.
+    """
     if not (entry.name.startswith(".") and entry.name.endswith(".tmp")):
         return False
-    try:
+    with contextlib.suppress(OSError):
         descriptor = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(entry.path)
-    except (BlockingIOError, FileNotFoundError):
-        return False
-    finally:
-        os.close(descriptor)
-    return True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while it is written
+            os.unlink(entry.path)
+            return True
+        finally:
+            os.close(descriptor)
+    return False
 
 
 def _key_of(tag: str, folder: str, name: str) -> BlockKey | None:

@@ -70,6 +70,7 @@ def store_facts(settings: Settings) -> dict[str, Any]:
     from kvrag.errors import SettingsError
     from kvrag.retrieval.catalog import Catalog, Counts
     from kvrag.store.layout import Layout
+    from kvrag.store.quarantine import Quarantine
     from kvrag.store.tiered import TieredStore
     from kvrag.tiers import tier_slots
 
@@ -86,6 +87,6 @@ def store_facts(settings: Settings) -> dict[str, Any]:
         "home": str(home),
         "namespace": settings.namespace,
         "tiers": tiers,
-        "quarantined": sum(1 for _ in Layout(home / "kv").quarantine.iterdir()),
+        "quarantined": len(Quarantine(Layout(home / "kv").quarantine).names()),
         "catalog": dataclasses.asdict(counts),
     }

@@ -131,7 +131,8 @@ def test_a_model_that_cannot_be_opened_is_one_line(kvrag, tmp_path, damage, code
 def test_store_stat(kvrag, environment, monkeypatch):
     home = Path(environment["KVRAG_HOME"])
     (home / "kv" / "quarantine").mkdir(parents=True)
-    (home / "kv" / "quarantine" / "old.kv").write_bytes(b"x")
+    aside = f"{1:020d}.{'a' * 32}.{'b' * 64}.kv"
+    (home / "kv" / "quarantine" / aside).write_bytes(b"x")
     monkeypatch.setenv("KVRAG_DISK_BYTES", "5000000")
     result = kvrag("store", "stat", "--json")
     assert result.code == 0

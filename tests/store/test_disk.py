@@ -14,6 +14,7 @@ import pytest
 from kvrag.store.block import decode_header, verify_segment
 from kvrag.store.disk import DiskTier
 from kvrag.store.errors import BlockFormatError, TierError, TierFullError
+from tests.mounts import mounted
 
 from .contract import TierContract
 from .helpers import make_block, make_key, whole_bytes
@@ -285,17 +286,8 @@ def test_two_processes_share_a_root(root):
 
 @pytest.fixture
 def small_file_system(tmp_path):
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("no mount command")
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "small", "size=256k") as folder:
+        yield folder
 
 
 def test_a_full_disk(small_file_system):
