@@ -123,6 +123,11 @@ class Settings(BaseSettings):
     disk_bytes: int | None = Field(
         None, ge=0, description="Most bytes of KV on disk; None is no limit."
     )
+    disk_fsync: Literal["always", "never"] = Field(
+        "always",
+        description="Whether storing a block waits until the device has it; if never, a power loss "
+        "may cost blocks, which are then computed again.",
+    )
     ram_policy: PolicyName = Field("lru", description="What memory evicts first.")
     disk_policy: PolicyName = Field("lru", description="What the disk evicts first.")
     ram_admission: AdmissionName = Field(
