@@ -29,18 +29,18 @@ def _environment(tmp_path, model_folder) -> dict[str, str]:
 
 
 @contextmanager
-def kvrag_serve(tmp_path, model_folder):
+def kvrag_serve(tmp_path, model_folder, *, errors=subprocess.PIPE):
     """The process and its URL."""
     process = subprocess.Popen(
         [*COMMAND, "--port", "0"],
         env=_environment(tmp_path, model_folder),
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=errors,
         text=True,
     )
     try:
         line = process.stdout.readline()
-        assert "http://127.0.0.1:" in line, process.stderr.read()
+        assert "http://127.0.0.1:" in line, process.communicate()[1]
         yield process, line.split()[-1]
     finally:
         process.kill()
