@@ -1,13 +1,14 @@
 """What every test gets: no trace of the user's settings, one thread, and honest markers.
 
-TESTS_REQUIRE=models       a test marked so fails, instead of being skipped, without its needs
-KVRAG_TEST_MODELS=FOLDER   where converted packaged models are kept; default: pytest's cache
---soak, or -m soak         also runs the long tests
+TESTS_REQUIRE=models,redis  tests marked so fail, instead of being skipped, without their needs
+KVRAG_TEST_MODELS=FOLDER    where converted packaged models are kept; default: pytest's cache
+--soak, or -m soak          also runs the long tests
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,15 +41,24 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_runtest_setup(item):
-    if not item.get_closest_marker("models"):
-        return
-    missing = [name for name in _MODEL_PACKAGES if find_spec(name) is None]
-    if not missing:
-        return
-    reason = f"the packaged models are not installed: {', '.join(missing)}"
-    if "models" in _REQUIRED:
-        pytest.fail(f"TESTS_REQUIRE has models, but {reason}", pytrace=False)
-    pytest.skip(reason)
+    for marker, missing in (("models", _missing_models), ("redis", _missing_redis)):
+        if not item.get_closest_marker(marker) or not (names := missing()):
+            continue
+        reason = f"these are not installed: {', '.join(names)}"
+        if marker in _REQUIRED:
+            pytest.fail(f"TESTS_REQUIRE has {marker}, but {reason}", pytrace=False)
+        pytest.skip(reason)
+
+
+def _missing_models():
+    return [name for name in _MODEL_PACKAGES if find_spec(name) is None]
+
+
+def _missing_redis():
+    missing = [name for name in ("redis",) if find_spec(name) is None]
+    if shutil.which("redis-server") is None and shutil.which("valkey-server") is None:
+        missing.append("redis-server (apt install redis-server)")
+    return missing
 
 
 @pytest.fixture(autouse=True)
