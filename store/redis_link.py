@@ -174,6 +174,7 @@ class RedisLink:
 
     def _open(self) -> Any:
         import redis
+        from redis._parsers import _RESP2Parser
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
@@ -197,7 +198,9 @@ class RedisLink:
 
             nodes = [ClusterNode(host, port) for host, port in address.nodes]  # type: ignore[no-untyped-call]
             return RedisCluster(startup_nodes=nodes, retry=once, **common, **tls)
-        common |= {"retry": once, "db": address.db}
+        # Not hiredis, where that is installed: it takes as much memory as an answer announces, GBs
+        # for a few bytes of garbage. (A cluster's connections cannot be told.)
+        common |= {"retry": once, "db": address.db, "parser_class": _RESP2Parser}
         if address.kind == "sentinel":
             from redis.sentinel import Sentinel
 
