@@ -21,6 +21,7 @@ class Health:
         self._lock = threading.Lock()
         self._pause_s = 0.0  # 0: healthy
         self._until = 0.0
+        self._tried = False
 
     @property
     def healthy(self) -> bool:
@@ -28,10 +29,20 @@ class Health:
         with self._lock:
             return not self._pause_s
 
-    def usable(self) -> bool:
-        """Whether to try: healthy, or the pause is over."""
+    def claim_trial(self) -> bool:
+        """Whether to try the tier now: the pause is over, and nobody else tries.
+
+        Who is told so must call `end_trial`, whatever comes of it.
+        """
         with self._lock:
-            return not self._pause_s or self._clock() >= self._until
+            due = bool(self._pause_s) and not self._tried and self._clock() >= self._until
+            self._tried = self._tried or due
+            return due
+
+    def end_trial(self) -> None:
+        """The trial is over; how it went was told by `failed` or `worked`."""
+        with self._lock:
+            self._tried = False
 
     def failed(self) -> float:
         """An attempt failed; the pause in seconds. Failures during a pause do not lengthen it."""

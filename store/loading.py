@@ -106,7 +106,7 @@ class Loading:
     @property
     def in_memory(self) -> bool:
         slot = self._slot
-        return slot is not None and not slot.durable
+        return slot is not None and slot.in_process
 
     def find(self) -> bool:
         """Seek the block, fastest tier first, unless that was done before; whether it was found."""
@@ -178,6 +178,7 @@ class Loading:
         while self._slot is not None:
             slot, name = self._slot, self._slot.name
             try:
+                slot.require_usable()  # it may have failed meanwhile, for another block
                 with slot.asked("read"):
                     views = slot.tier.segments(self.expected.key, first, last)
                 if views is not None:

@@ -74,15 +74,17 @@ class Placement:
         """Write the block: durable tiers first, the slowest of them first.
 
         Those that are written back to come last, when a copy that can wait for them lies in memory.
+        `durable_only` spares the memory of this process.
         """
         self.write_back.discard(key)
-        durable = [slot for slot in reversed(self.slots) if slot.durable]
-        volatile = [slot for slot in self.slots if not slot.durable and not durable_only]
+        wanted = [slot for slot in self.slots if not (durable_only and slot.in_process)]
+        durable = [slot for slot in reversed(wanted) if slot.durable]
+        volatile = [slot for slot in wanted if not slot.durable]
         through = [slot for slot in durable if durable_only or not slot.writes_back]
         pending: list[str] = []
         refused: dict[str, Refused] = {}
         for slot in [*through, *volatile, *(slot for slot in durable if slot not in through)]:
-            if slot not in through and slot.durable and self._owe(key, block, volatile, slot):
+            if slot.durable and slot not in through and self._owe(key, block, slot):
                 pending.append(slot.name)
                 continue
             reason = self._admit(slot, key, block)
@@ -90,9 +92,8 @@ class Placement:
                 refused[slot.name] = reason
                 level = logging.DEBUG if reason.expected else logging.WARNING
                 _log.log(level, "block %s is not put in tier %s: %s", key, slot.name, reason.reason)
-        asked = [slot for slot in self.slots if slot in durable or slot in volatile]
         absent = {*refused, *pending}
-        taken = [slot for slot in asked if slot.name not in absent]
+        taken = [slot for slot in wanted if slot.name not in absent]
         if taken:
             self._drop_older(key, [slot for slot in self.slots if slot not in taken])
         return PutOutcome(
@@ -125,7 +126,7 @@ class Placement:
                 self.expire(key)
 
     def erase_held(self, key: BlockKey) -> bool:
-        """Delete from every tier, also from those bypassed; whether one held it.
+        """Delete from every tier, also from durable ones that are bypassed; whether one held it.
 
         Raises `TierError` after trying all, if one failed: it may still hold the block.
         """
@@ -134,6 +135,9 @@ class Placement:
         failure: TierError | None = None
         for slot in self.slots:
             try:
+                if not slot.durable:
+                    # What it holds goes by itself, and a document has many blocks to wait for.
+                    slot.require_usable()
                 with slot.asked():
                     found |= slot.tier.delete(key)
             except TierError as exc:
@@ -225,10 +229,10 @@ class Placement:
 
     # -- writing back ------------------------------------------------------------------------------
 
-    def _owe(self, key: BlockKey, block: Block, volatile: Sequence[Slot], target: Slot) -> bool:
+    def _owe(self, key: BlockKey, block: Block, target: Slot) -> bool:
         """Queue the write to `target`, if a copy lies in memory and the queue has room."""
-        for source in volatile:
-            receipt = source.ledger.pin(key)
+        for source in self.slots:
+            receipt = source.ledger.pin(key) if source.in_process else None
             if receipt is None:
                 continue
             if self.write_back.add(Pending(key, block.nbytes, source, receipt, target)):
@@ -270,7 +274,7 @@ class Placement:
         Durable copies stay: an older computation of the same block is better than none.
         """
         for slot in slots:
-            if slot.durable or key not in slot.ledger:
+            if slot.durable or key not in slot.ledger or not slot.usable():
                 continue
             try:
                 with slot.asked():

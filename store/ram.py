@@ -30,6 +30,7 @@ class RamTier(Tier):
     """Blocks in memory. Segments it returns alias its copy, which is never written again."""
 
     durable = False
+    in_process = True
 
     def __init__(self, name: str = "ram") -> None:
         self.name = name

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -14,23 +15,34 @@ from .admission import SecondUse
 from .errors import BlockFormatError, TierError, TierFullError
 from .eviction import Lru, Policy
 from .health import Clock, Health
+from .keys import BlockKey
 from .ledger import Ledger, Limits, Standing
 from .stats import LatencyCounter, TierStats
 from .tier import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from .block import Block, BlockHeader
-    from .keys import BlockKey
 
-__all__ = ["Refused", "Slot", "TierSlot", "recompute_cost"]
+__all__ = ["Aside", "Refused", "Slot", "TierSlot", "aside", "recompute_cost"]
 
 _log = logging.getLogger(__name__)
 
 _WRITES = ("through", "back")
 
 Operation = Literal["lookup", "read", "write", "other"]
+
+#: Runs work that nobody waits for.
+Aside = Callable[[Callable[[], None]], None]
+
+#: Asked for to see whether a tier answers.
+_NO_BLOCK = BlockKey("0" * 32, "0" * 64)
+
+
+def aside(work: Callable[[], None]) -> None:
+    """Run it in a thread of its own. Raises `RuntimeError` if the system gives none."""
+    threading.Thread(target=work, name="kvrag-trial", daemon=True).start()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +90,22 @@ def recompute_cost(header: BlockHeader) -> int:
 
 
 class Slot:
-    """One tier of a store. Knows nothing of the other tiers."""
+    """One tier of a store. Knows nothing of the other tiers.
 
-    def __init__(self, place: TierSlot, *, clock: Clock) -> None:
+    A tier that failed is left alone, and later tried by work that runs `aside`: a tier that hangs
+    makes those wait who were asking it when it began to, and nobody after them.
+    """
+
+    def __init__(self, place: TierSlot, *, clock: Clock, aside: Aside = aside) -> None:
         self.tier = place.tier
         self.name = place.tier.name
         self.durable = place.tier.durable
+        self.in_process = place.tier.in_process
         self.writes_back = place.write == "back"
         self.ledger = Ledger(place.limits, policy=place.policy, clock=clock)
         self._second_use = SecondUse() if place.admission == "second-use" else None
         self._health = Health(clock)
+        self._aside = aside
         self._counts: Counter[str] = Counter()
         self._latencies = {name: LatencyCounter() for name in ("lookup", "read", "write")}
         self._lock = threading.Lock()
@@ -101,10 +119,22 @@ class Slot:
             self._counts.update(amounts)
 
     def usable(self) -> bool:
-        """Whether to ask the tier at all: not while it is left alone after a failure."""
-        if not self._health.usable():
-            return False
-        return self._loaded or self._load()
+        """Whether to ask the tier at all: not from a failure until a trial has worked.
+
+        Never waits for the tier.
+        """
+        if self._health.claim_trial():
+            try:
+                self._aside(self._try)
+            except RuntimeError as exc:
+                self._health.end_trial()
+                _log.warning("tier %s cannot be tried: %s", self.name, exc)
+        return self._loaded and self._health.healthy
+
+    def require_usable(self) -> None:
+        """Raise `TierError` unless it is `usable`."""
+        if not self.usable():
+            raise TierError(self.name, "it is bypassed after a failure")
 
     @contextlib.contextmanager
     def asked(self, operation: Operation = "other") -> Iterator[None]:
@@ -150,6 +180,7 @@ class Slot:
     def expire(self, key: BlockKey) -> None:
         """Delete a block whose time to live has passed. Never raises `TierError`."""
         try:
+            self.require_usable()
             with self.asked():
                 self.tier.delete(key)
         except TierError:
@@ -165,7 +196,7 @@ class Slot:
 
     def _write(self, key: BlockKey, block: Block, standing: Standing) -> Refused | None:
         if not self.usable():
-            return Refused("the tier is bypassed after a failure")
+            return Refused("it is bypassed after a failure")
         cost = recompute_cost(block.header)
         reservation = self.ledger.reserve(key, block.nbytes, cost=cost, standing=standing)
         if reservation is None:
@@ -219,14 +250,23 @@ class Slot:
         if self._health.worked():
             _log.warning("tier %s is back", self.name)
 
-    def _load(self) -> bool:
-        """Enter what the tier holds into the books; again later if it is out of service now."""
+    def _try(self) -> None:
+        try:
+            if not self._loaded:
+                self._load()
+            else:
+                self.contains(_NO_BLOCK, unknown=False)
+        finally:
+            self._health.end_trial()
+
+    def _load(self) -> None:
+        """Enter what the tier holds into the books; a later trial does it if it fails now."""
         try:
             with self.asked():
                 held = self.tier.entries()
         except TierError:
-            return False
+            self._health.failed()  # whatever kind it was: until the books are filled, it is tried
+            return
         self.ledger.load((entry.key, entry.nbytes, entry.idle_s) for entry in held)
         self.loaded()
         self._loaded = True
-        return True

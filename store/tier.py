@@ -38,10 +38,15 @@ class StoredBlock:
 
 
 class Tier(ABC):
-    """One place that holds encoded blocks. `durable`: they outlive the process."""
+    """One place that holds encoded blocks.
+
+    `durable`: they outlive the process, and stay until they are deleted. `in_process`: they are
+    memory of this process, so that they end with it, and reading them never waits.
+    """
 
     name: str
     durable: bool
+    in_process: bool = False
 
     @abstractmethod
     def header(self, key: BlockKey) -> BlockHeader | None:

@@ -24,7 +24,7 @@ from .ledger import Limits
 from .loading import Expected, Loading
 from .placement import Placement, PutOutcome
 from .reader import BlockReader
-from .slot import Slot, TierSlot, recompute_cost
+from .slot import Aside, Slot, TierSlot, aside, recompute_cost
 from .stats import StoreStats, TierStats
 from .tier import check_key
 
@@ -63,12 +63,15 @@ class TieredStore:
         *,
         write_back_nbytes: int = 2**28,
         clock: Clock = time.monotonic,
+        aside: Aside = aside,
     ) -> None:
+        """`aside` runs the trials of tiers that failed; default: in threads of their own."""
         names = [place.tier.name for place in slots]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"a store needs tiers of different names, got {names}")
         self._placement = Placement(
-            [Slot(place, clock=clock) for place in slots], write_back_nbytes=write_back_nbytes
+            [Slot(place, clock=clock, aside=aside) for place in slots],
+            write_back_nbytes=write_back_nbytes,
         )
         self._clock = clock
         self._next_expiry_s = clock()

@@ -37,7 +37,7 @@ class Stepped(RamTier):
     last), in the order in which they began.
     """
 
-    durable = True
+    durable, in_process = True, False
 
     def __init__(self, name="stepped"):
         super().__init__(name)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 
 import pytest
 
@@ -11,7 +12,7 @@ from kvrag.store.errors import DamagedBlockError, StoreError, TierError
 from kvrag.store.ram import RamTier, _Held
 from kvrag.store.tiered import TieredStore, TierSlot
 
-from .doubles import FakeClock, SlowTier, in_threads
+from .doubles import FakeClock, SlowTier, at_once, in_threads
 from .helpers import FINGERPRINT, make_block, make_key, token_ids, whole_bytes
 
 SIZE = make_block(0).nbytes  # of every block here, unless it says otherwise
@@ -34,7 +35,9 @@ def slow():
 
 @pytest.fixture
 def store(ram, slow, clock):
-    with TieredStore([TierSlot(ram, 4 * SIZE), TierSlot(slow)], clock=clock) as store:
+    with TieredStore(
+        [TierSlot(ram, 4 * SIZE), TierSlot(slow)], clock=clock, aside=at_once
+    ) as store:
         yield store
 
 
@@ -650,7 +653,7 @@ def test_a_tier_that_fails_in_the_middle_of_a_read(store, ram, slow):
 
 def test_a_faster_tier_that_fails_is_passed_over_while_reading(clock):
     near, far = SlowTier("near", durable=False), SlowTier("far")
-    with TieredStore([TierSlot(near), TierSlot(far)], clock=clock) as store:
+    with TieredStore([TierSlot(near), TierSlot(far)], clock=clock, aside=at_once) as store:
         put(store, 1)
         with open_block(store, 1) as reader:
             assert reader.tier == "near"
@@ -664,7 +667,9 @@ def test_a_tier_that_is_down_at_the_start(clock):
     slow = SlowTier()
     slow.put(make_key(1), make_block(1))
     slow.down = True
-    with TieredStore([TierSlot(RamTier()), TierSlot(slow, SIZE)], clock=clock) as store:
+    with TieredStore(
+        [TierSlot(RamTier()), TierSlot(slow, SIZE)], clock=clock, aside=at_once
+    ) as store:
         store.protect([make_key(1)])
         assert open_block(store, 1) is None
         slow.down = False
@@ -698,7 +703,7 @@ def test_a_failed_eviction_loses_nothing(clock):
             return super().delete(key)
 
     stuck = Stuck()
-    with TieredStore([TierSlot(stuck, 2 * SIZE)], clock=clock) as store:
+    with TieredStore([TierSlot(stuck, 2 * SIZE)], clock=clock, aside=at_once) as store:
         put(store, 1)
         put(store, 2)
         stuck.stuck = True
@@ -780,3 +785,125 @@ def test_durable_only_leaves_memory_to_the_queries(tmp_path):
         assert outcome.durable
         assert not ram.contains(block.header.key)
         assert store.locate([block.header.key]) == ["disk"]
+
+
+# -- tiers that hang -----------------------------------------------------------------------------
+
+
+class Hanging(SlowTier):
+    """A cache behind a network. While `hangs`, each operation would end with its time-out.
+
+    `waited`: the thread that waited, for each such operation.
+    """
+
+    def __init__(self):
+        super().__init__("far", durable=False)
+        self.hangs = False
+        self.waited = []
+
+    def _ask(self):
+        super()._ask()
+        if self.hangs:
+            self.waited.append(threading.current_thread().name)
+            raise TierError(self.name, "timed out")
+
+
+def test_reads_in_flight_wait_for_one_time_out_in_all(clock):
+    """Each had a time-out of its own: sixteen chunks, four threads, four time-outs."""
+    far = Hanging()
+    with TieredStore([TierSlot(far)], clock=clock) as store:
+        for name in range(16):
+            put(store, name)
+        readers = [open_block(store, name) for name in range(16)]
+        for reader in readers:
+            reader.read(0, 1)
+        far.hangs = True
+        for reader in readers:
+            with pytest.raises(DamagedBlockError, match=r"timed out|bypassed"):
+                reader.read(0, 2)
+            reader.close()
+        assert len(far.waited) == 1
+        assert of(store, "far").errors == 1
+
+
+def test_a_tier_that_hangs_is_tried_by_nobody_who_asks(clock):
+    far = Hanging()
+    with TieredStore([TierSlot(RamTier(), 0), TierSlot(far)], clock=clock) as store:
+        put(store, 1)
+        far.hangs = True
+        assert open_block(store, 1) is None
+        mine = threading.current_thread().name
+        assert far.waited == [mine]
+        for _ in range(4):
+            clock.now += 100
+            assert open_block(store, 1) is None
+            assert store.locate([make_key(1)]) == [None]
+            assert put(store, 2).tiers == ()
+            _until(lambda: not any(t.name == "kvrag-trial" for t in threading.enumerate()))
+        assert far.waited[1:] == ["kvrag-trial"] * 4
+        far.hangs = False
+        clock.now += 100
+        store.locate([make_key(1)])  # a trial falls due
+        _until(lambda: of(store, "far").healthy)
+        with open_block(store, 1) as reader:
+            assert reader.read(0, 2) == list(make_block(1).segments)
+
+
+def test_a_trial_that_finds_no_thread_falls_due_again(clock, caplog):
+    def none_left(work):
+        raise RuntimeError("can't start new thread")
+
+    far = Hanging()
+    with TieredStore([TierSlot(far)], clock=clock, aside=none_left) as store:
+        far.hangs = True
+        assert open_block(store, 1) is None
+        for _ in range(2):
+            clock.now += 100
+            assert open_block(store, 1) is None
+        assert caplog.text.count("can't start new thread") == 2
+
+
+def test_deleting_many_blocks_waits_for_a_hanging_cache_once(clock):
+    far = Hanging()
+    with TieredStore([TierSlot(SlowTier()), TierSlot(far)], clock=clock) as store:
+        for name in range(8):
+            put(store, name)
+        far.hangs = True
+        for name in range(8):
+            with pytest.raises(TierError, match=r"timed out|bypassed"):
+                store.delete(make_key(name))
+        assert len(far.waited) == 1
+        assert of(store, "slow").blocks == 0  # what is durable is deleted all the same
+
+
+def test_a_corpus_job_fills_what_outlives_the_process(clock):
+    """Also where that may drop blocks: other processes read there what one has computed."""
+    ram, far = RamTier(), Hanging()
+    with TieredStore([TierSlot(ram), TierSlot(SlowTier()), TierSlot(far)], clock=clock) as store:
+        outcome = put(store, 1, protected=True, durable_only=True)
+        assert outcome.tiers == ("slow", "far")
+        assert not ram.contains(make_key(1))
+        with open_block(store, 1) as reader:
+            assert not reader.in_memory
+
+
+def test_what_a_cache_holds_is_no_last_copy(clock):
+    """It may drop the block any time, so the durable one keeps its own, though it is faster."""
+    far = Hanging()
+    near = SlowTier("near")
+    with TieredStore([TierSlot(near, 2 * SIZE), TierSlot(far)], clock=clock) as store:
+        put(store, 0, protected=True)
+        for name in range(1, 5):
+            put(store, name)
+        assert near.contains(make_key(0))
+        assert far.contains(make_key(0))
+        far.delete(make_key(0))
+        with open_block(store, 0) as reader:
+            assert reader.read(0, 2) == list(make_block(0).segments)
+
+
+def _until(holds):
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
