@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -21,6 +21,7 @@ from pydantic_settings import (
 )
 
 from kvrag.errors import SettingsError
+from kvrag.store.redis_address import RedisAddress
 
 __all__ = ["DEFAULT_INSTRUCTION", "Settings", "value_from_text"]
 
@@ -29,6 +30,8 @@ DEFAULT_INSTRUCTION = "You answer questions from the passages that the user give
 _PREFIX = "KVRAG_"
 #: Names the settings file, and so is no setting itself.
 _FILE_VARIABLE = "KVRAG_CONFIG"
+#: Never shown.
+_SECRET = frozenset({"redis_url"})
 #: Read by the test suite alone.
 _FOREIGN_VARIABLES = frozenset({_FILE_VARIABLE, "KVRAG_TEST_MODELS"})
 
@@ -52,7 +55,12 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix=_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True
+        env_prefix=_PREFIX,
+        extra="forbid",
+        frozen=True,
+        env_ignore_empty=True,
+        # What is chained to a SettingsError must not tell what `_sentence` does not.
+        hide_input_in_errors=True,
     )
 
     model: str = Field(
@@ -156,6 +164,31 @@ class Settings(BaseSettings):
         gt=0,
         description="Seconds without use after which KV that no corpus refers to is deleted.",
     )
+    redis_url: SecretStr | None = Field(
+        None, description="Redis or Valkey that also holds KV, behind the disk; None is none."
+    )
+    redis_bytes: int | None = Field(
+        None, ge=0, description="Most bytes of KV that this process knows of in Redis."
+    )
+    redis_ttl_s: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds a block stays in Redis unread; None leaves that to Redis.",
+    )
+    redis_connect_timeout_s: float = Field(
+        1.0, gt=0, le=600, description="Most seconds for connecting to Redis."
+    )
+    redis_timeout_s: float = Field(
+        1.0, gt=0, le=600, description="Most seconds for an answer of Redis."
+    )
+    redis_connections: int = Field(16, ge=1, description="Most connections to Redis.")
+    redis_prefix: str = Field(
+        "kvrag:",
+        max_length=64,
+        pattern=r"^[!-~]*$",
+        description="What kvrag's keys in Redis begin with.",
+    )
     device_bytes: int = Field(
         0, ge=0, description="Most bytes of decoded KV kept on the device; 0 keeps none."
     )
@@ -185,6 +218,13 @@ class Settings(BaseSettings):
     @classmethod
     def _expand(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser().absolute()
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_address(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None:
+            RedisAddress.parse(url.get_secret_value())
+        return url
 
     @model_validator(mode="after")
     def _models_outside_home(self) -> Settings:
@@ -247,6 +287,10 @@ def _sentence(exc: ValidationError) -> str:
             clauses.append(
                 f"unknown setting {name!r}; known are {', '.join(Settings.model_fields)}"
             )
+        elif name in _SECRET:
+            clauses.append(f"setting {name!r}: {error['msg'].removeprefix('Value error, ')}")
+        elif not name:  # of several settings together; what was given is all of them
+            clauses.append(error["msg"].removeprefix("Value error, "))
         else:
             clauses.append(f"setting {name!r} is {error['input']!r}: {error['msg'].lower()}")
     return "; ".join(clauses)

@@ -176,7 +176,7 @@ class RedisTier(Tier):
 
         Takes a walk over the database, and of each block 16 bytes. To Redis that is a use of each.
         """
-        idle_s: dict[StoredBlock, int] = {}
+        found: dict[BlockKey, StoredBlock] = {}
         keys = self._scan(None)
         while some := list(islice(keys, _BATCH)):
             replies = self._link.run(
@@ -188,8 +188,9 @@ class RedisTier(Tier):
             ):
                 if isinstance(stamp, bytes) and len(stamp) == _STAMP_BYTES.size:
                     nbytes, _ = _STAMP_BYTES.unpack(stamp)
-                    idle_s[StoredBlock(key, nbytes)] = idle if isinstance(idle, int) else 0
-        return sorted(idle_s, key=lambda entry: -idle_s[entry])
+                    idle_s = float(idle) if isinstance(idle, int) else 0.0
+                    found[key] = StoredBlock(key, nbytes, idle_s)
+        return sorted(found.values(), key=lambda entry: -entry.idle_s)
 
     @property
     def nbytes(self) -> int:

@@ -97,7 +97,7 @@ def measured_advice(settings: Settings, tokens: int, candidates: Sequence[TierPr
     from kvrag.config import Settings
     from kvrag.engine import Engine
 
-    values = settings.model_dump() | {"disk_bytes": None}
+    values = settings.model_dump() | {"disk_bytes": None, "redis_url": None}
     folder = next(path for path in (settings.home, *settings.home.parents) if path.is_dir())
     with tempfile.TemporaryDirectory(prefix=".kvrag-advise-", dir=folder) as scratch:
         values["home"] = Path(scratch)

@@ -124,6 +124,7 @@ def _short_texts() -> list[Text]:
 def _apart(settings: Settings, model: Model | None, **other: str) -> Iterator[Engine]:
     """An engine over an empty home that goes with it, with `other` settings."""
     with tempfile.TemporaryDirectory(prefix="kvrag-verify-") as home:
-        values = settings.model_dump() | {"home": Path(home), "disk_bytes": None} | other
+        apart = {"home": Path(home), "disk_bytes": None, "redis_url": None}
+        values = settings.model_dump() | apart | other
         with Engine(Settings(**values), model=model) as engine:
             yield engine

@@ -227,3 +227,28 @@ def test_the_last_and_the_narrower_option_hold(kvrag, monkeypatch):
 def test_a_settings_file_of_the_working_directory(kvrag):
     Path("kvrag.toml").write_text("k = 9\n")
     assert kvrag("config", "show", "--json").json["k"]["value"] == 9
+
+
+@pytest.mark.redis
+def test_store_stat_shows_redis_and_never_its_url(kvrag, monkeypatch, tmp_path):
+    from tests.store.redis_server import RedisServer
+
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "a.txt").write_text("Anna keeps the lamp of Karsk.")
+    with RedisServer(tmp_path / "redis", "--requirepass", "s3cret") as server:
+        monkeypatch.setenv("KVRAG_REDIS_URL", f"redis://:s3cret@127.0.0.1:{server.port}/0")
+        assert kvrag("precompute", documents).code == 0
+        shown = [kvrag("store", "stat", "--json"), kvrag("store", "stat")]
+        _, disk, redis = shown[0].json["tiers"]
+        assert redis["name"] == "redis"
+        assert (redis["blocks"], redis["nbytes"]) == (disk["blocks"], disk["nbytes"])
+        assert redis["blocks"] > 0
+        assert (redis["healthy"], redis["durable"], redis["limit_bytes"]) == (True, False, None)
+    down = kvrag("store", "stat", "--json")
+    assert not down.json["tiers"][2]["healthy"]
+    shown += [down, kvrag("config", "show"), kvrag("config", "show", "--json")]
+    shown.append(kvrag("--verbose", "--set", "redis_url=redis://:s3cret@h:x", "store", "stat"))
+    assert shown[-1].code == 2
+    for result in shown:
+        assert "s3cret" not in result.out + result.err

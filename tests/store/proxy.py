@@ -1,0 +1,84 @@
+"""A TCP proxy that spoils what a server answers: late, never, or in other words."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+
+
+class Proxy:
+    """Listens on `port`, and passes on what comes to the `target` port.
+
+    `delay_s`: how much later each piece of an answer is passed on. `budget`: how many more bytes of
+    answers pass before everything hangs; None is no end. `garbage`: what is answered instead.
+    """
+
+    def __init__(self, target: int) -> None:
+        self.delay_s, self.budget, self.garbage = 0.0, None, None
+        self._target = target
+        self._lock = threading.Lock()
+        self._sockets: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._spawn(self._accept)
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def close(self) -> None:
+        with self._lock:
+            sockets, self._sockets = self._sockets, None
+        for one in (self._listener, *sockets):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _spawn(self, work, *arguments) -> None:
+        threading.Thread(target=self._quietly, args=(work, *arguments), daemon=True).start()
+
+    def _quietly(self, work, *arguments) -> None:
+        with contextlib.suppress(OSError):
+            work(*arguments)
+
+    def _accept(self) -> None:
+        while True:
+            near, _ = self._listener.accept()
+            far = socket.create_connection(("127.0.0.1", self._target))
+            with self._lock:
+                if self._sockets is None:
+                    near.close()
+                    far.close()
+                    return
+                self._sockets += [near, far]
+            self._spawn(self._pass_on, near, far, False)
+            self._spawn(self._pass_on, far, near, True)
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                sink.sendall(self._spoiled(data) if answers else data)
+        finally:
+            for one in (source, sink):
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
+
+    def _spoiled(self, data: bytes) -> bytes:
+        if self.delay_s:
+            time.sleep(self.delay_s)
+        if self.garbage is not None:
+            return self.garbage
+        if self.budget is None:
+            return data
+        with self._lock:
+            passed = data[: self.budget]
+            self.budget -= len(passed)
+        return passed
