@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from kvrag.bench import fidelity, kernels, layers, pipeline, store, ttft
+from kvrag.bench import eviction, fidelity, kernels, layers, pipeline, store, ttft
 from kvrag.bench.peers import PEERS, peer_option
 from kvrag.config import Settings
 from kvrag.engine import Engine
@@ -197,8 +197,8 @@ def kernels_command(
         kernels.run(engine, options)
 
 
-@app.command("store")
-def store_command(
+@app.command("eviction")
+def eviction_command(
     context: typer.Context,
     data: Annotated[
         list[str] | None,
@@ -215,9 +215,26 @@ def store_command(
     sizes = _numbers("--blocks", blocks)
     if min(sizes) < 2:
         raise InputError(f"--blocks is {blocks!r}; a store of fewer than 2 tells nothing")
-    options = store.StoreBenchOptions(items=items, k=k, blocks=sizes, seed=seed)
+    options = eviction.EvictionOptions(items=items, k=k, blocks=sizes, seed=seed)
     with _engine(context) as engine:
-        store.run(engine, [_data_path(engine.settings, name) for name in data or ()], options)
+        eviction.run(engine, [_data_path(engine.settings, name) for name in data or ()], options)
+
+
+@app.command("store")
+def store_command(
+    context: typer.Context,
+    layers: Annotated[int, typer.Option(min=1, max=1000, help="Layers a block.")] = 30,
+    layer_bytes: Annotated[
+        int, typer.Option(min=4096, help="Bytes a layer, a multiple of 4,096.")
+    ] = 196_608,
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks that are read in turn.")] = 4,
+    repetitions: Annotated[int, typer.Option(min=1, help="Readings of each block.")] = 20,
+) -> None:
+    """What the redis tier costs above a bare redis-py loop over the same fields."""
+    if layer_bytes % 4096:
+        raise InputError(f"--layer-bytes is {layer_bytes}; give a multiple of 4096")
+    options = store.StoreOptions(layers, layer_bytes, blocks, repetitions)
+    store.run(_settings(context), options)
 
 
 def _numbers(option: str, given: str | None) -> tuple[int, ...]:
@@ -239,12 +256,17 @@ def _data_path(settings: Settings, name: str) -> Path:
     return settings.eval_data / f"{name}.jsonl"
 
 
+def _settings(context: typer.Context) -> Settings:
+    return context.obj if isinstance(context.obj, Settings) else Settings()
+
+
 @contextmanager
 def _engine(context: typer.Context) -> Iterator[Engine]:
     """An engine over an empty home: a benchmark leaves nothing behind in the user's store."""
-    settings = context.obj if isinstance(context.obj, Settings) else Settings()
+    settings = _settings(context)
     with tempfile.TemporaryDirectory(prefix="kvrag-bench-") as home:
         # What is measured is what is named, also where storage is slow.
-        values = settings.model_dump() | {"home": Path(home), "controller": False}
+        apart = {"home": Path(home), "redis_url": None, "controller": False}
+        values = settings.model_dump() | apart
         with Engine.open(Settings(**values)) as engine:
             yield engine

@@ -1,225 +1,168 @@
-"""`kvrag bench store`: what eviction policies keep, and what a store of many blocks costs.
+"""What a tier of the store costs above the library under it.
 
-Hit rates are those of traces, see `traces.py`. The curve is that of `TieredStore.put` and `open`
-over a tier that holds nothing, but says that it holds a number of blocks: what is left is what the
-store itself takes of the processor and of memory, half of its blocks being a corpus's.
+redis: a block's layers from `RedisTier` against a bare redis-py loop that fetches the same fields
+of the same key, in groups of layers as a query reads them. They take turns, so that a busy machine
+slows both. Above the loop the tier looks up what it knows of the block, fetches 16 bytes that tell
+whether that still holds, and checks each layer's length. Checksums are the reader's, for any tier.
 """
 
 from __future__ import annotations
 
-import gc
-import random
+import secrets
 import time
-import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from kvrag.bench.frame import median, print_environment, print_json, print_table
-from kvrag.bench.items import drawn, load_items
-from kvrag.bench.traces import (
-    CONTESTANTS,
-    Use,
-    numbered_key,
-    passages_of,
-    replay,
-    retrieval_trace,
-    zipf_trace,
-)
-from kvrag.engine import Engine
-from kvrag.retrieval.embedder import open_embedder
-from kvrag.store.block import Block, BlockHeader, encode_block
-from kvrag.store.eviction import POLICIES, policy_named
+from kvrag.bench.frame import median, show
+from kvrag.config import Settings
+from kvrag.errors import InputError, MissingExtraError
+from kvrag.store.block import Block, encode_block
 from kvrag.store.keys import BlockKey
-from kvrag.store.tier import StoredBlock, Tier, segment_range
-from kvrag.store.tiered import TieredStore, TierSlot
+from kvrag.store.redis import RedisTier
+from kvrag.store.redis_address import RedisAddress
 
-__all__ = ["StoreBenchOptions", "run"]
+__all__ = ["StoreOptions", "run"]
 
-_FINGERPRINT = "simulated"
+#: Layers of a stream's largest read.
+_LARGEST = 8
 
 
 @dataclass(frozen=True, slots=True)
-class StoreBenchOptions:
-    """`items` and `k` are of retrieval traces, `uses` and `catalog` of the made-up one.
+class StoreOptions:
+    """Layers a block, bytes a layer, blocks, and how often each is read by each contestant."""
 
-    `shares`: sizes of the tier, as parts of all the bytes of a trace; `blocks`: of the curve.
+    layers: int = 30
+    layer_nbytes: int = 196_608
+    blocks: int = 4
+    repetitions: int = 20
+
+
+def run(settings: Settings, options: StoreOptions) -> dict[str, Any]:
+    """Measure, print and return the result (see the last line's JSON).
+
+    Keys are written under a prefix of this run alone, and deleted at its end.
+
+    Raises:
+        InputError: no `redis_url`, or one of Sentinel or a cluster, where no bare loop reads.
+        MissingExtraError: redis-py is not installed.
+        TierError: Redis does not answer.
     """
-
-    items: int = 1000
-    k: int = 4
-    uses: int = 20_000
-    catalog: int = 5000
-    shares: tuple[float, ...] = (0.02, 0.1, 0.3)
-    blocks: tuple[int, ...] = (1000, 10_000, 100_000, 1_000_000)
-    operations: int = 2000
-    seed: int = 0
-
-
-def run(engine: Engine, data: Sequence[Path], options: StoreBenchOptions) -> dict[str, Any]:
-    """Measure, print, and return what the JSON line holds."""
-    config = engine.model.decoder.config
-    itemsize = engine.model.decoder.dtype.itemsize
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
-    traces = {
-        "zipf with scans": zipf_trace(
-            options.uses, blocks=options.catalog, bytes_per_token=per_token, seed=options.seed
-        )
-    }
-    for path in data:
-        items = drawn(load_items(path, "all"), options.items, options.seed)
-        tokens = [len(engine.model.tokenizer.encode(text)) for text in passages_of(items)]
-        traces[f"retrieval, {path.stem}"] = retrieval_trace(
-            items,
-            open_embedder(engine.settings.embedder),
-            tokens,
-            k=options.k,
-            bytes_per_token=per_token,
-        )
-    rates = {name: _rates(trace, options.shares) for name, trace in traces.items()}
-    curve = [
-        {"policy": policy, "blocks": blocks, **_curve_point(policy, blocks, options)}
-        for policy in POLICIES
-        for blocks in options.blocks
-    ]
-    result = {"hit_rates": rates, "curve": curve}
-    print_environment()
-    rows = [
-        (name, f"{share:.0%}", *(f"{by[c]['hits']:.3f} / {by[c]['tokens']:.3f}" for c in by))
-        for name, shares in rates.items()
-        for share, by in shares.items()
-    ]
-    columns = ("trace", "tier holds", *CONTESTANTS)
-    print_table("Hit rates: share of the uses / of the tokens", columns, rows)
-    names = ("put_us", "put_p99_us", "get_us", "get_p99_us", "bytes_per_block")
-    print_table(
-        "What the store takes beside its tiers, with every put evicting",
-        ("policy", "blocks", "put, us", "p99", "get, us", "p99", "bytes a block"),
-        [(p["policy"], f"{p['blocks']:,}", *(f"{p[name]:.0f}" for name in names)) for p in curve],
+    if settings.redis_url is None:
+        raise InputError("the setting redis_url (KVRAG_REDIS_URL) names no Redis to measure")
+    url = settings.redis_url.get_secret_value()
+    address = RedisAddress.parse(url)
+    if address.kind not in ("single", "unix"):
+        raise InputError(f"{address} is not one server; measure redis://, rediss:// or unix://")
+    result: dict[str, Any] = {"benchmark": "store", "redis": _redis(url, settings, options)}
+    found = result["redis"]
+    show(
+        f"{options.layers} layers of {options.layer_nbytes} bytes from {address}",
+        ("reader", "ms a block", "GB/s", "of the bare loop"),
+        [
+            (name, found["ms"][name], found["gb_s"][name], f"{found['of_bare'][name]:.0%}")
+            for name in found["ms"]
+        ],
+        result,
     )
-    print_json(result)
     return result
 
 
-def _rates(trace: Sequence[Use], shares: Sequence[float]) -> dict[float, dict[str, Any]]:
-    footprint = sum({use.number: use.nbytes for use in trace}.values())
-    found: dict[float, dict[str, Any]] = {}
-    for share in shares:
-        limit = int(share * footprint)
-        found[share] = {}
-        for contestant in CONTESTANTS:
-            rates = replay(trace, contestant, limit)
-            found[share][contestant] = {
-                "hits": round(rates.hits, 4),
-                "tokens": round(rates.tokens, 4),
+def _redis(url: str, settings: Settings, options: StoreOptions) -> dict[str, Any]:
+    try:
+        import redis
+    except ImportError as exc:
+        raise MissingExtraError("the benchmark needs redis-py: pip install 'kvrag[redis]'") from exc
+    prefix = f"kvrag-bench-{secrets.token_hex(8)}:"
+    blocks = [_block(options) for _ in range(options.blocks)]
+    tier = RedisTier(
+        url,
+        prefix=prefix,
+        ttl_s=3600,
+        connect_timeout_s=settings.redis_connect_timeout_s,
+        timeout_s=settings.redis_timeout_s,
+    )
+    with tier, redis.Redis.from_url(url) as client:
+        try:
+            for block in blocks:
+                tier.put(block.header.key, block)
+            contestants: dict[str, Callable[[BlockKey], list[Any]]] = {
+                "bare": partial(_bare, client, prefix, options.layers),
+                "tier": partial(_tier, tier, options.layers),
             }
-    return found
-
-
-# ---- the curve -----------------------------------------------------------------------------------
-
-
-class _Simulated(Tier):
-    """Says that it holds blocks 0 … `blocks` - 1, all with the same segments, and takes any."""
-
-    name = "simulated"
-    durable = True
-
-    def __init__(self, block: Block, blocks: int) -> None:
-        self._block, self._blocks = block, blocks
-
-    def header(self, key: BlockKey) -> BlockHeader:
-        return replace(self._block.header, key=key)
-
-    def segments(self, key: BlockKey, first: int, last: int) -> list[memoryview]:
-        segment_range(self._block.header, first, last)
-        return list(self._block.segments[first:last])
-
-    def put(self, key: BlockKey, block: Block) -> None:
-        pass
-
-    def delete(self, key: BlockKey) -> bool:
-        return True
-
-    def contains(self, key: BlockKey) -> bool:
-        return True
-
-    def keys(self, tag: str | None = None) -> Iterator[BlockKey]:
-        return (numbered_key(number) for number in range(self._blocks))
-
-    def entries(self) -> list[StoredBlock]:
-        # A few at a time would be enough for the store; a list of all is gone when it has loaded.
-        return [StoredBlock(key, self._block.nbytes) for key in self.keys()]
-
-    @property
-    def nbytes(self) -> int:
-        return self._blocks * self._block.nbytes
-
-    def close(self) -> None:
-        pass
-
-
-def _curve_point(policy: str, blocks: int, options: StoreBenchOptions) -> dict[str, float]:
-    template = _block(numbered_key(0))
-
-    def opened() -> TieredStore:
-        slot = TierSlot(
-            _Simulated(template, blocks), blocks * template.nbytes, policy=policy_named(policy)
-        )
-        store = TieredStore([slot])
-        store.protect(numbered_key(number) for number in range(0, blocks, 2))
-        return store
-
-    gc.collect()
-    tracemalloc.start()
-    with opened() as store:
-        gc.collect()
-        nbytes, _ = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        rng = random.Random(options.seed)
-        asked = [numbered_key(rng.randrange(1, blocks, 2)) for _ in range(options.operations)]
-        got = [_timed(_get, store, key) for key in asked]
-        new = [_block(numbered_key(blocks + n)) for n in range(options.operations)]
-        put = [_timed(store.put, block.header.key, block) for block in new]
+            ms = _milliseconds(contestants, blocks, options.repetitions)
+        finally:
+            for block in blocks:
+                tier.delete(block.header.key)
+    nbytes = options.layers * options.layer_nbytes
     return {
-        "put_us": median(put) * 1e6,
-        "put_p99_us": _quantile(put, 0.99) * 1e6,
-        "get_us": median(got) * 1e6,
-        "get_p99_us": _quantile(got, 0.99) * 1e6,
-        "bytes_per_block": nbytes / blocks,
+        "layers": options.layers,
+        "layer_bytes": options.layer_nbytes,
+        "blocks": options.blocks,
+        "repetitions": options.repetitions,
+        "redis_py": redis.__version__,
+        "ms": {name: median([taken]) for name, taken in ms.items()},
+        "gb_s": {name: median([nbytes / taken / 1e6]) for name, taken in ms.items()},
+        "of_bare": {name: median([ms["bare"] / taken]) for name, taken in ms.items()},
     }
 
 
-def _get(store: TieredStore, key: BlockKey) -> None:
-    reader = store.open(key, fingerprint=_FINGERPRINT, token_ids=(1,))
-    if reader is not None:
-        with reader:
-            reader.read(0, 1)
+def _milliseconds(
+    contestants: dict[str, Callable[[BlockKey], list[Any]]], blocks: list[Block], repetitions: int
+) -> dict[str, float]:
+    """Of one block, the median; what each contestant brings is compared with what was put."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(repetitions + 1):
+        for block in blocks:
+            # Who comes second finds the block in caches: they change places.
+            names = list(contestants) if turn % 2 else list(reversed(contestants))
+            for name in names:
+                begun = time.perf_counter()
+                brought = contestants[name](block.header.key)
+                taken = time.perf_counter() - begun
+                if turn:  # the first one connects
+                    seconds[name].append(taken)
+                elif brought != list(block.segments):
+                    raise RuntimeError(f"{name} brought other bytes than were put")
+    return {name: median(taken) * 1e3 for name, taken in seconds.items()}
 
 
-def _timed(work: Callable[..., Any], *arguments: Any) -> float:
-    # The processor's time: nothing here waits, and others' work on the machine is not the store's.
-    begun = time.thread_time()
-    work(*arguments)
-    return time.thread_time() - begun
+def _tier(tier: RedisTier, layers: int, key: BlockKey) -> list[Any]:
+    brought: list[Any] = []
+    for first, last in _groups(layers):
+        brought += tier.segments(key, first, last) or ()
+    return brought
 
 
-def _quantile(values: Sequence[float], share: float) -> float:
-    return sorted(values)[int(share * (len(values) - 1))]
+def _bare(client: Any, prefix: str, layers: int, key: BlockKey) -> list[Any]:
+    brought: list[Any] = []
+    for first, last in _groups(layers):
+        brought += client.hmget(f"{prefix}{key}", range(first, last))
+    return brought
 
 
-def _block(key: BlockKey) -> Block:
+def _groups(layers: int) -> Iterator[tuple[int, int]]:
+    """The reads of a stream: 1, 2, 4, 8, 8, … layers."""
+    first = 0
+    while first < layers:
+        last = min(layers, first + min(first + 1, _LARGEST))
+        yield first, last
+        first = last
+
+
+def _block(options: StoreOptions) -> Block:
+    tokens = 1
     return encode_block(
-        key=key,
+        key=BlockKey(secrets.token_hex(16), secrets.token_hex(32)),
         kind="chunk",
-        fingerprint=_FINGERPRINT,
-        token_ids=(1,),
-        k_shape=(1, 1, 1, 1),
-        v_shape=(1, 1, 1, 1),
-        dtype="float32",
+        fingerprint="benchmark",
+        token_ids=(0,),
+        k_shape=(options.layers, 1, tokens, 1),
+        v_shape=(options.layers, 1, tokens, 1),
+        dtype="bfloat16",
         codec="raw",
         codec_version=1,
         codec_digest="",
-        segments=[b"kv"],
+        segments=[secrets.token_bytes(options.layer_nbytes) for _ in range(options.layers)],
     )

@@ -1,77 +1,40 @@
-"""`bench store`: traces and the shape of what it prints; what its figures say is for real runs."""
+"""`kvrag bench store` against a real redis-server."""
 
 from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 
-from kvrag import Engine, Settings
 from kvrag.bench import store
-from kvrag.bench.items import Item
-from kvrag.bench.traces import CONTESTANTS, Use, replay, retrieval_trace, zipf_trace
-from tests.tiny import make_tiny_model
+from kvrag.config import Settings
+from kvrag.errors import InputError
 
 
-def test_the_made_up_trace():
-    trace = zipf_trace(1000, blocks=50, bytes_per_token=10, seed=1)
-    assert trace == zipf_trace(1000, blocks=50, bytes_per_token=10, seed=1)
-    assert len(trace) == 1200
-    scanned = [use.number for use in trace if use.number >= 50]
-    assert len(scanned) == len(set(scanned)) == 200
-    assert all(use.nbytes == 10 * use.tokens and 32 <= use.tokens <= 256 for use in trace)
-    counts = np.bincount([use.number for use in trace if use.number < 50])
-    assert counts[0] > counts[10:].max()
+@pytest.mark.redis
+def test_the_redis_section(tmp_path, capsys):
+    from tests.store.redis_server import RedisServer
 
-
-def test_the_trace_of_real_retrieval():
-    """The order of questions, and within one that of scores."""
-
-    class Letters:
-        def embed_documents(self, texts):
-            return np.array([[text.count("a"), text.count("b")] for text in texts], np.float32)
-
-        def embed_query(self, text):
-            return self.embed_documents([text])[0]
-
-    passages = tuple({"title": letter, "text": letter * 2} for letter in "abz")
-    items = [Item(q, q, q, (), passages) for q in ("bbb", "a")]
-    trace = retrieval_trace(items, Letters(), [5, 6, 7], k=2, bytes_per_token=3)
-    assert [use.number for use in trace] == [1, 0, 0, 1]
-    assert trace[0] == Use(1, 18, 6)
-
-
-@pytest.mark.parametrize("contestant", CONTESTANTS)
-def test_a_replay_counts_hits_and_tokens(contestant):
-    uses = [Use(number, 10, 1 + number) for number in (0, 1, 0, 1, 0)]
-    rates = replay(uses, contestant, 100)
-    hits = 1 if "second" in contestant else 3
-    assert rates.hits == hits / 5
-    assert rates.tokens == (1 if hits == 1 else 4) / 7
-    assert replay(uses, contestant, 0).hits == 0
-
-
-def test_what_it_prints(tmp_path, capsys):
-    settings = Settings(
-        model=str(make_tiny_model(tmp_path / "model")), home=tmp_path / "home", dtype="float32"
+    with RedisServer(tmp_path) as server:
+        options = store.StoreOptions(layers=11, layer_nbytes=4096, blocks=2, repetitions=3)
+        result = store.run(Settings(redis_url=f"redis://:@127.0.0.1:{server.port}"), options)
+        with server.client() as client:
+            assert client.dbsize() == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last)["redis"] == result["redis"]
+    redis = result["redis"]
+    assert redis["of_bare"]["bare"] == 1
+    assert redis["of_bare"]["tier"] == pytest.approx(
+        redis["ms"]["bare"] / redis["ms"]["tier"], 0.01
     )
-    options = store.StoreBenchOptions(
-        uses=200, catalog=30, shares=(0.2,), blocks=(50,), operations=20
-    )
-    with Engine.open(settings) as engine:
-        result = store.run(engine, [], options)
-    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(printed["hit_rates"]["zipf with scans"]["0.2"]) == set(CONTESTANTS)
-    assert [point["policy"] for point in result["curve"]] == ["lru", "lfu", "cost", "s3-fifo"]
-    for point in result["curve"]:
-        assert point["put_us"] > 0
-        assert point["get_us"] > 0
-        assert point["bytes_per_block"] > 0
 
 
-@pytest.mark.parametrize("policy", ["lru", "s3-fifo"])
-def test_a_block_takes_less_than_400_bytes(policy):
-    """Half of them a corpus's, and with all that the store keeps beside its tiers."""
-    options = store.StoreBenchOptions(operations=5)
-    assert store._curve_point(policy, 5000, options)["bytes_per_block"] < 400
+def test_groups_are_those_of_a_stream():
+    assert list(store._groups(30)) == [(0, 1), (1, 3), (3, 7), (7, 15), (15, 23), (23, 30)]
+
+
+@pytest.mark.parametrize("url", [None, "redis+cluster://host", "redis+sentinel://:s3cret@host/a"])
+def test_what_cannot_be_measured_is_told(url):
+    with pytest.raises(InputError, match="redis") as caught:
+        store.run(Settings(redis_url=url), store.StoreOptions())
+    assert "s3cret" not in str(caught.value)

@@ -188,7 +188,7 @@ def hit_rate(name, trace, limit):
 
 
 def test_scans_hurt_lru_most():
-    """A Zipf trace with scans of keys that never return: what `bench store` shows at large."""
+    """A Zipf trace with scans of keys that never return: what `bench eviction` shows at large."""
     rng = random.Random(1)
     names = range(500)
     weights = [1 / (rank + 1) for rank in names]
