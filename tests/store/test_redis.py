@@ -311,7 +311,7 @@ def test_what_is_no_limit_is_refused(server, options):
 
 
 def test_connections_are_bounded_and_shared(server, client):
-    with make_tier(server.url, connections=2) as tier:
+    with make_tier(server.url, connections=2, timeout_s=60) as tier:
         for name in range(4):
             tier.put(make_key(name), big(name))
         failures = []
