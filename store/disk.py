@@ -39,6 +39,7 @@ __all__ = ["DiskTier"]
 _TOUCH_GRAIN_S = 3600.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_MEMORY_NBYTES = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 _TRIES = 4  # to write while someone removes the folders
 
 
@@ -250,7 +251,13 @@ def _read(descriptor: int, offset: int, nbytes: int) -> memoryview:
     # What a header announces is never allocated before the file is known to have it.
     if os.fstat(descriptor).st_size < offset + nbytes:
         raise BlockFormatError(f"the file is cut short: {offset + nbytes} bytes are needed")
-    data = aligned_buffer(nbytes)
+    try:
+        data = aligned_buffer(nbytes)
+    except MemoryError as exc:
+        if nbytes <= _MEMORY_NBYTES:
+            raise  # there is none at the moment, and the block may be sound
+        # A file with holes may be of any size and take no room.
+        raise BlockFormatError(f"{nbytes} bytes of the block do not fit into memory") from exc
     done = 0
     while done < nbytes:
         try:

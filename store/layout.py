@@ -16,6 +16,7 @@ import secrets
 from typing import TYPE_CHECKING
 
 from .errors import InvalidKeyError
+from .files import open_new
 from .keys import BlockKey
 
 if TYPE_CHECKING:
@@ -57,8 +58,7 @@ def open_temporary(path: Path) -> tuple[int, Path]:
     """
     while True:
         temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.tmp")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        descriptor = os.open(temporary, flags, 0o600)
+        descriptor = open_new(temporary)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:
             return descriptor, temporary

@@ -7,13 +7,15 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from kvrag.store.block import decode_header, verify_segment
+from kvrag.store.block import SegmentInfo, decode_header, encode_header, verify_segment
 from kvrag.store.disk import DiskTier
 from kvrag.store.errors import BlockFormatError, TierError, TierFullError
+from kvrag.store.layout import open_temporary
 from tests.mounts import mounted
 
 from .contract import TierContract
@@ -199,6 +201,121 @@ def test_an_announced_size_is_not_allocated(root):
     with DiskTier(root) as tier:
         lay(root, make_key(1), whole_bytes(block)[: block.header.header_nbytes])
         with pytest.raises(BlockFormatError):
+            tier.segments(make_key(1), 0, 2)
+
+
+@pytest.mark.parametrize("mask", [0, 0o022, 0o277, 0o777])
+def test_files_and_folders_are_for_us_alone(root, mask):
+    """Whatever the umask.
+
+    The folder of a tag was made as its umask had it, and a umask that takes our own rights made
+    folders that nobody but root could use again.
+    """
+    before = os.umask(mask)
+    try:
+        with DiskTier(root / "made" / "kv") as tier:
+            for name in range(3):
+                tier.put(make_key(name), make_block(name))
+            tier.quarantine(make_key(1))
+            path = file_of(root / "made" / "kv", make_key(2))
+            descriptor, temporary = open_temporary(path)
+            os.close(descriptor)
+    finally:
+        os.umask(before)
+    places = [root, *root.rglob("*")]
+    modes = {(place.is_dir(), place.stat().st_mode & 0o7777) for place in places}
+    assert modes == {(True, 0o700), (False, 0o600)}
+    assert temporary in places
+    assert any(place.parent.name == "quarantine" for place in places)
+
+
+def test_a_hard_link_laid_in_place_gives_nothing_away_and_nothing_up(root, tmp_path):
+    """Another name of a file of someone's: it is never written through, only replaced."""
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(b"not yours" * 1000)
+    theirs.chmod(0o644)
+    path = file_of(root, make_key(1))
+    path.parent.mkdir(parents=True)
+    for act in ("put", "quarantine", "delete"):
+        os.link(theirs, path)
+        with DiskTier(root) as tier:
+            with pytest.raises(BlockFormatError):
+                tier.header(make_key(1))
+            if act == "put":
+                tier.put(make_key(1), make_block(1))
+                assert tier.header(make_key(1)) == make_block(1).header
+                tier.delete(make_key(1))
+            else:
+                getattr(tier, act)(make_key(1))
+        assert not path.exists()
+        assert theirs.read_bytes() == b"not yours" * 1000
+        assert theirs.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_link_laid_in_place_is_not_followed(root, tmp_path):
+    """`touch` set the times of what the link points to."""
+    theirs = tmp_path / "theirs"
+    with DiskTier(root) as tier:
+        tier.put(make_key(1), make_block(1))
+    path = file_of(root, make_key(1))
+    os.utime(path, (1000, 1000))
+    theirs.write_bytes(path.read_bytes())
+    os.utime(theirs, (1000, 1000))
+    with DiskTier(root) as tier:
+        path.unlink()
+        path.symlink_to(theirs)
+        tier.touch(make_key(1))
+        assert theirs.stat().st_mtime == 1000
+        with pytest.raises(BlockFormatError):
+            tier.segments(make_key(1), 0, 1)
+        tier.put(make_key(1), make_block(1, version=1))
+        assert not path.is_symlink()
+        assert theirs.read_bytes() == whole_bytes(make_block(1))
+
+
+def test_a_link_laid_for_a_temporary_file_is_not_followed(root, tmp_path, monkeypatch):
+    theirs = tmp_path / "theirs"
+    with DiskTier(root) as tier:
+        tier.put(make_key(1), make_block(1))
+        monkeypatch.setattr("secrets.token_hex", lambda nbytes: "guessed")
+        file_of(root, make_key(1)).with_name(f".{make_key(1).digest}.guessed.tmp").symlink_to(
+            theirs
+        )
+        with pytest.raises(TierError, match="File exists"):
+            tier.put(make_key(1), make_block(1, version=1))
+    assert not theirs.exists()
+
+
+def test_quarantine_removes_only_what_it_put_there(root):
+    """Foreign files were removed, and a folder put aside made every later quarantine fail."""
+    with DiskTier(root) as tier:
+        note = root / "quarantine" / "0-note"
+        note.parent.mkdir()
+        note.write_text("mine")
+        path = file_of(root, make_key("folder"))
+        (path / "within").mkdir(parents=True)
+        tier.quarantine(make_key("folder"))
+        for name in range(17):
+            tier.put(make_key(name), make_block(name))
+            tier.quarantine(make_key(name))
+        assert note.read_text() == "mine"
+        assert len(list((root / "quarantine").iterdir())) == 16 + 1
+
+
+@pytest.mark.skipif(
+    Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1",
+    reason="this system promises memory that it does not have",
+)
+def test_a_file_with_holes_larger_than_memory_is_damage(root):
+    """It has the bytes that its header announces, and takes no room on disk."""
+    block = make_block(1)
+    parts = [SegmentInfo(4096, 2**39, 1), SegmentInfo(4096 + 2**39, 2**39, 1)]
+    header = replace(block.header, segments=tuple(parts))
+    with DiskTier(root) as tier:
+        path = lay(root, make_key(1), encode_header(header))
+        os.truncate(path, header.nbytes)
+        assert tier.header(make_key(1)) == header
+        with pytest.raises(BlockFormatError, match="do not fit into memory"):
             tier.segments(make_key(1), 0, 2)
 
 
