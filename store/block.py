@@ -19,7 +19,7 @@ bound and type is checked before it is used.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -56,6 +56,7 @@ __all__ = [
     "encode_block",
     "encode_header",
     "header_region_nbytes",
+    "laid_out",
     "verify_segment",
 ]
 
@@ -101,32 +102,42 @@ def encode_block(
     contents = [memoryview(segment).cast("B") for segment in segments]
     buffers = tuple(_padded_view(content) for content in contents)
     checksums = [xxhash.xxh3_64_intdigest(buffer) for buffer in buffers]
+    header = laid_out(
+        list(map(len, contents)),
+        checksums,
+        key=key,
+        kind=kind,
+        fingerprint=fingerprint,
+        token_ids=tuple(map(int, token_ids)),
+        k_shape=_shape(k_shape),
+        v_shape=_shape(v_shape),
+        dtype=dtype,
+        codec=codec,
+        codec_version=codec_version,
+        codec_digest=codec_digest,
+        extra=extra or {},
+    )
+    return Block(header, encode_header(header), buffers)
+
+
+def laid_out(lengths: Sequence[int], checksums: Sequence[int], **parts: Any) -> BlockHeader:
+    """The header of `parts` with segments of these lengths, in bytes, right behind it.
+
+    Raises as `encode_block`.
+    """
     # Offsets depend on the header's size, and that, through msgpack's short integers, on the
     # offsets: start small and grow. It settles at once but for headers at the edge of a page.
     start = ALIGNMENT
     while True:
         places = []
         offset = start
-        for content, checksum in zip(contents, checksums, strict=True):
-            places.append(SegmentInfo(offset, len(content), checksum))
+        for length, checksum in zip(lengths, checksums, strict=True):
+            places.append(SegmentInfo(offset, length, checksum))
             offset = places[-1].end
-        header = BlockHeader(
-            key=key,
-            kind=kind,
-            fingerprint=fingerprint,
-            token_ids=tuple(map(int, token_ids)),
-            k_shape=_shape(k_shape),
-            v_shape=_shape(v_shape),
-            dtype=dtype,
-            codec=codec,
-            codec_version=codec_version,
-            codec_digest=codec_digest,
-            segments=tuple(places),
-            extra=extra or {},
-        )
+        header = BlockHeader(segments=tuple(places), **parts)
         region = needed_region_nbytes(header)
         if region <= start:
-            return Block(header, encode_header(header), buffers)
+            return header
         start = region
 
 

@@ -3,11 +3,12 @@
     StoreError
     ├── InvalidKeyError   (ValueError)  text or parts that make no block key
     ├── SecretError                     the file of the key secret cannot be used
+    ├── EncryptionKeyError (ValueError) no such key, or not the one of this home
     ├── UnknownCodecError (ValueError)  no codec has that name
     ├── BlockFormatError  (ValueError)  bytes that are no sound block: bounds, types, checksums
     ├── DamagedBlockError               no tier has a sound copy of an opened block (any more)
     └── TierError                       a tier is out of service; carries its name
-        └── TierFullError               … for writing: the device is full or read-only
+        └── TierFullError               … for writing: no space, read-only, or too large a block
 
 A miss is none of these: it is `None`.
 """
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BlockFormatError",
     "DamagedBlockError",
+    "EncryptionKeyError",
     "InvalidKeyError",
     "SecretError",
     "StoreError",
@@ -41,6 +43,10 @@ class InvalidKeyError(StoreError, ValueError):
 
 class SecretError(StoreError):
     """The file of the key secret is malformed or cannot be read or made."""
+
+
+class EncryptionKeyError(StoreError, ValueError):
+    """The encryption key is malformed, missing, or not the one that the home was made with."""
 
 
 class UnknownCodecError(StoreError, ValueError):
@@ -75,4 +81,8 @@ class TierError(StoreError):
 
 
 class TierFullError(TierError):
-    """The device behind a tier is full, or may not be written. Reading from it still works."""
+    """A tier cannot take a block. Reading from it still works.
+
+    The device behind it is full or may not be written, or the block is larger than the tier can
+    hold.
+    """

@@ -24,6 +24,7 @@ __all__ = [
     "encode_header",
     "header_region_nbytes",
     "needed_region_nbytes",
+    "used_nbytes",
 ]
 
 MAGIC = b"\x89KVRAG\r\n"  # breaks when a transfer treats it as text
@@ -70,8 +71,15 @@ def header_region_nbytes(buffer: Buffer) -> int:
 
     Raises `BlockFormatError` for bytes that start no block of this version.
     """
-    view = memoryview(buffer).cast("B")
-    return padded(_START + _packed_nbytes(view))
+    return padded(used_nbytes(buffer))
+
+
+def used_nbytes(buffer: Buffer) -> int:
+    """Size of the header without its padding, from (at least) the first 16 bytes of a block.
+
+    Raises as `header_region_nbytes`.
+    """
+    return _START + _packed_nbytes(memoryview(buffer).cast("B"))
 
 
 def decode_header(buffer: Buffer, *, expect_key: BlockKey | None = None) -> BlockHeader:

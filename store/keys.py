@@ -71,14 +71,20 @@ def unpacked(name: bytes) -> BlockKey:
 
 
 class KeyMaker:
-    """Makes keys under one secret of 16 to 64 bytes. Stateless and thread-safe."""
+    """Makes keys under one secret of 16 to 64 bytes. Stateless and thread-safe.
 
-    __slots__ = ("_secret",)
+    `sealed_by` is the id of the key that blocks are encrypted with, if they are: it is part of the
+    digest, so that no block in clear, or under another key, is ever found, or replaced, by one that
+    is not. Tags do not depend on it.
+    """
 
-    def __init__(self, secret: bytes) -> None:
+    __slots__ = ("_sealed_by", "_secret")
+
+    def __init__(self, secret: bytes, *, sealed_by: str = "") -> None:
         if not 16 <= len(secret) <= 64:
             raise InvalidKeyError(f"the secret must be 16 to 64 bytes long, got {len(secret)}")
         self._secret = bytes(secret)
+        self._sealed_by = sealed_by
 
     def __repr__(self) -> str:
         return "KeyMaker(secret=***)"
@@ -133,6 +139,8 @@ class KeyMaker:
             _packed_ids(token_ids),
             bytes(context),
         ]
+        if self._sealed_by:
+            parts.append(self._sealed_by)
         try:
             message = msgpack.packb(parts, use_bin_type=True)
         except UnicodeEncodeError as exc:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .block import Block, BlockHeader, encode_header, verify_segment
 from .errors import BlockFormatError, DamagedBlockError, StoreError, TierError
+from .sealing import is_sealed
 
 if TYPE_CHECKING:
     from .keys import BlockKey
@@ -268,7 +269,8 @@ class Loading:
         except BlockFormatError as exc:
             self._judge(slot, str(exc))
             return None
-        if header is None:
+        if header is None or is_sealed(header):
+            # A sealed one has no key here that opens it: it is not damaged, but of no use.
             slot.count(misses=1)
             if known:
                 self._placement.correct(slot, key)

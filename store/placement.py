@@ -160,7 +160,8 @@ class Placement:
         with self.writing.held(key):
             if not slot.contains(key, unknown=False):
                 return None
-            receipt = slot.ledger.adopt(key, header.nbytes, cost=recompute_cost(header))
+            nbytes, cost = slot.tier.footprint(header), recompute_cost(header)
+            receipt = slot.ledger.adopt(key, nbytes, cost=cost)
             self._guard(key)
             return receipt
 

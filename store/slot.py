@@ -197,10 +197,10 @@ class Slot:
     def _write(self, key: BlockKey, block: Block, standing: Standing) -> Refused | None:
         if not self.usable():
             return Refused("it is bypassed after a failure")
-        cost = recompute_cost(block.header)
-        reservation = self.ledger.reserve(key, block.nbytes, cost=cost, standing=standing)
+        nbytes, cost = self.tier.footprint(block.header), recompute_cost(block.header)
+        reservation = self.ledger.reserve(key, nbytes, cost=cost, standing=standing)
         if reservation is None:
-            return Refused(self.ledger.refusal(key, block.nbytes))
+            return Refused(self.ledger.refusal(key, nbytes))
         try:
             for victim in reservation.victims:
                 with self.asked():
@@ -216,7 +216,7 @@ class Slot:
             self.ledger.abort(reservation)
             raise
         self.ledger.commit(reservation, standing=standing)
-        self.count(bytes_written=block.nbytes)
+        self.count(bytes_written=nbytes)
         return None
 
     def stats(self, *, pending_blocks: int = 0, pending_nbytes: int = 0) -> TierStats:

@@ -99,6 +99,10 @@ class Tier(ABC):
     def close(self) -> None:
         """Release what the tier holds. A second call does nothing."""
 
+    def footprint(self, header: BlockHeader) -> int:
+        """Size in bytes that the block of that header has here. The default is its `nbytes`."""
+        return header.nbytes
+
     def quarantine(self, key: BlockKey) -> None:
         """Take a damaged block out of sight. The default deletes it."""
         self.delete(key)

@@ -42,6 +42,14 @@ def test_keys_are_frozen():
     )
 
 
+def test_what_blocks_are_sealed_by_is_part_of_their_keys_and_not_of_the_tag():
+    """A block in clear, or under another key, is never found where a sealed one is meant."""
+    made = [key(KeyMaker(SECRET, sealed_by=sealed_by)) for sealed_by in ("", "a" * 32, "b" * 32)]
+    assert made[0] == key()
+    assert len({one.digest for one in made}) == 3
+    assert len({one.tag for one in made}) == 1
+
+
 @pytest.mark.parametrize(
     "text",
     [
