@@ -21,6 +21,7 @@ from pydantic_settings import (
 )
 
 from kvrag.errors import SettingsError
+from kvrag.store.encryption_key import key_from_text
 from kvrag.store.redis_address import RedisAddress
 
 __all__ = ["DEFAULT_INSTRUCTION", "Settings", "value_from_text"]
@@ -31,7 +32,7 @@ _PREFIX = "KVRAG_"
 #: Names the settings file, and so is no setting itself.
 _FILE_VARIABLE = "KVRAG_CONFIG"
 #: Never shown.
-_SECRET = frozenset({"redis_url"})
+_SECRET = frozenset({"encryption_key", "redis_url"})
 #: Read by the test suite alone.
 _FOREIGN_VARIABLES = frozenset({_FILE_VARIABLE, "KVRAG_TEST_MODELS"})
 
@@ -189,6 +190,13 @@ class Settings(BaseSettings):
         pattern=r"^[!-~]*$",
         description="What kvrag's keys in Redis begin with.",
     )
+    encryption_key: SecretStr | None = Field(
+        None,
+        description="64 hexadecimal digits: the key that KV outside of memory is encrypted with.",
+    )
+    encryption_key_file: Path | None = Field(
+        None, description="File with that key; None, and no key, is no encryption."
+    )
     device_bytes: int = Field(
         0, ge=0, description="Most bytes of decoded KV kept on the device; 0 keeps none."
     )
@@ -214,7 +222,7 @@ class Settings(BaseSettings):
         except ValidationError as exc:
             raise SettingsError(_sentence(exc)) from exc
 
-    @field_validator("home", "models_dir", "kernels_dir", "eval_data")
+    @field_validator("home", "models_dir", "kernels_dir", "eval_data", "encryption_key_file")
     @classmethod
     def _expand(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser().absolute()
@@ -225,6 +233,19 @@ class Settings(BaseSettings):
         if url is not None:
             RedisAddress.parse(url.get_secret_value())
         return url
+
+    @field_validator("encryption_key")
+    @classmethod
+    def _is_key(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is not None:
+            key_from_text(key.get_secret_value())
+        return key
+
+    @model_validator(mode="after")
+    def _one_encryption_key(self) -> Settings:
+        if self.encryption_key is not None and self.encryption_key_file is not None:
+            raise ValueError("set encryption_key or encryption_key_file, not both")
+        return self
 
     @model_validator(mode="after")
     def _models_outside_home(self) -> Settings:

@@ -52,7 +52,7 @@ from kvrag.store.secret import load_or_create_secret
 from kvrag.store.tiered import StoreStats, TieredStore
 from kvrag.stream import AnswerStream, Context
 from kvrag.text import check_text
-from kvrag.tiers import tier_slots
+from kvrag.tiers import open_sealer, tier_slots
 
 __all__ = ["Engine"]
 
@@ -108,8 +108,12 @@ class Engine:
             home.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as exc:
             raise SettingsError(f"home {home} cannot be made: {exc.strerror}") from exc
-        self._keys = KeyMaker(load_or_create_secret(home / "key.secret"))
-        self.store = TieredStore(tier_slots(settings))
+        sealer = open_sealer(settings)
+        self._keys = KeyMaker(
+            load_or_create_secret(home / "key.secret"),
+            sealed_by=sealer.key_id if sealer is not None else "",
+        )
+        self.store = TieredStore(tier_slots(settings, sealer))
         self._lock = threading.RLock()
         self._corpus: tuple[Corpus, PlacedBlocks, KVRetriever] | None = None
         self._corpus_made = False

@@ -1,25 +1,57 @@
-"""Which tiers a home's KV lies in, fastest first, each with its rules."""
+"""The tiers that a home's KV lies in, their rules, and what encrypts those outside of memory."""
 
 from __future__ import annotations
 
 from kvrag.config import Settings
 from kvrag.errors import MissingExtraError
 from kvrag.store.disk import DiskTier
+from kvrag.store.encryption_key import agree_on_key, key_from_text, read_key_file
 from kvrag.store.eviction import policy_named
 from kvrag.store.ram import RamTier
 from kvrag.store.redis import RedisTier
+from kvrag.store.sealed_tier import SealedTier
+from kvrag.store.sealing import Sealer
+from kvrag.store.tier import Tier
 from kvrag.store.tiered import Limits, TierSlot
 
-__all__ = ["tier_slots"]
+__all__ = ["open_sealer", "tier_slots"]
 
 
-def tier_slots(settings: Settings) -> list[TierSlot]:
+def open_sealer(settings: Settings) -> Sealer | None:
+    """What encrypts the home's KV, or None if that is off.
+
+    Raises:
+        MissingExtraError: a key is set and `cryptography` is not installed.
+        EncryptionKeyError: it is no key, or not the one that the home was made with.
+    """
+    sealer = None
+    try:
+        if settings.encryption_key is not None:
+            sealer = Sealer(key_from_text(settings.encryption_key.get_secret_value()))
+        elif settings.encryption_key_file is not None:
+            sealer = Sealer(read_key_file(settings.encryption_key_file))
+    except ImportError as exc:
+        raise MissingExtraError(
+            "an encryption key is set, which needs cryptography: pip install 'kvrag[encryption]'"
+        ) from exc
+    agree_on_key(settings.home / "encryption.id", sealer.key_id if sealer is not None else "")
+    return sealer
+
+
+def tier_slots(settings: Settings, sealer: Sealer | None = None) -> list[TierSlot]:
     """Memory, the home's disk, and a Redis if there is one; close them, or their store.
+
+    Without a `sealer`, sealed blocks are shown as they lie there: whoever only counts, checks or
+    moves them needs no key.
 
     Raises:
         MissingExtraError: redis_url is set and redis-py is not installed.
         TierError: the home's disk cannot be used.
     """
+
+    def outside(tier: Tier) -> Tier:
+        return tier if sealer is None else SealedTier(tier, sealer)
+
     slots = [
         TierSlot(
             RamTier(),
@@ -33,7 +65,7 @@ def tier_slots(settings: Settings) -> list[TierSlot]:
             admission=settings.ram_admission,
         ),
         TierSlot(
-            DiskTier(settings.home / "kv", fsync=settings.disk_fsync == "always"),
+            outside(DiskTier(settings.home / "kv", fsync=settings.disk_fsync == "always")),
             Limits(
                 settings.disk_bytes,
                 namespace_nbytes=settings.namespace_disk_bytes,
@@ -45,9 +77,8 @@ def tier_slots(settings: Settings) -> list[TierSlot]:
         ),
     ]
     if settings.redis_url is not None:
-        slots.append(
-            TierSlot(_redis(settings, settings.redis_url.get_secret_value()), settings.redis_bytes)
-        )
+        redis = _redis(settings, settings.redis_url.get_secret_value())
+        slots.append(TierSlot(outside(redis), settings.redis_bytes))
     return slots
 
 

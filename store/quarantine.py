@@ -53,18 +53,29 @@ class Quarantine:
         except FileNotFoundError:
             return []
 
+    def entries(self) -> dict[str, int]:
+        """The size of each in bytes, by name, the oldest first."""
+        sizes = {}
+        for name in self.names():
+            with contextlib.suppress(FileNotFoundError):
+                sizes[name] = (self.folder / name).lstat().st_size
+        return sizes
+
+    def clear(self) -> None:
+        """Delete what lies here."""
+        for name in self.names():
+            _remove(self.folder / name)
+
     def _trim(self) -> None:
         nbytes = 0
-        for age, name in enumerate(reversed(self.names())):
-            path = self.folder / name
-            with contextlib.suppress(FileNotFoundError):
-                nbytes += path.lstat().st_size
-                if age and (age >= _FILES or nbytes > _NBYTES):
-                    _remove(path)
+        for age, (name, size) in enumerate(reversed(self.entries().items())):
+            nbytes += size
+            if age and (age >= _FILES or nbytes > _NBYTES):
+                _remove(self.folder / name)
 
 
 def _remove(path: Path) -> None:
     try:
-        path.unlink()
+        path.unlink(missing_ok=True)
     except (IsADirectoryError, PermissionError):  # what lay in a block's place may be a folder
         shutil.rmtree(path)

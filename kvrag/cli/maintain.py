@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -28,6 +27,8 @@ __all__ = ["copy", "gc", "ls", "verify"]
 
 _EXIT_DAMAGED = 4
 _CATALOG, _SECRET = "catalog.sqlite", "key.secret"
+#: Without these, or with others, the blocks of a home are not found or cannot be read.
+_OF_ITS_BLOCKS = {_SECRET: "a key secret", "encryption.id": "an encryption key"}
 
 
 def ls(
@@ -140,6 +141,7 @@ def gc(
     from kvrag.errors import SettingsError
     from kvrag.store.disk import DiskTier
     from kvrag.store.layout import Layout, remove_if_abandoned
+    from kvrag.store.quarantine import Quarantine
 
     home = _home(settings_of(context))
     layout = Layout(home / "kv")
@@ -161,17 +163,17 @@ def gc(
         for entry in orphans:
             if not dry_run:
                 tier.delete(entry.key)
-    aside = list(layout.quarantine.iterdir())
+    quarantine = Quarantine(layout.quarantine)
+    aside = quarantine.entries()
     facts = {
         "orphans": len(orphans),
         "leftovers": leftovers,
         "quarantined": len(aside),
-        "nbytes": sum(entry.nbytes for entry in orphans) + sum(p.stat().st_size for p in aside),
+        "nbytes": sum(entry.nbytes for entry in orphans) + sum(aside.values()),
         "deleted": not dry_run,
     }
     if not dry_run:
-        for path in aside:
-            path.unlink(missing_ok=True)
+        quarantine.clear()
     if as_json:
         print_json(facts)
         return
@@ -194,6 +196,7 @@ def copy(
     """
     from kvrag.errors import InputError, SettingsError
     from kvrag.store.disk import DiskTier
+    from kvrag.store.files import create_once
     from kvrag.store.maintenance import copy_blocks
 
     source, target = source.expanduser().absolute(), target.expanduser().absolute()
@@ -206,16 +209,19 @@ def copy(
         raise InputError(f"{source} is neither a home nor the folder of a disk tier")
     into = target / "kv" if of_home else target
     if of_home:
-        secret = target / _SECRET
-        if secret.exists() and secret.read_bytes() != (source / _SECRET).read_bytes():
-            raise SettingsError(
-                f"{target} has a key secret of its own: blocks of {source} would not be found there"
-            )
+        for name, what in _OF_ITS_BLOCKS.items():
+            there, here = target / name, source / name
+            if there.exists() and _bytes_of(there) != _bytes_of(here):
+                raise SettingsError(
+                    f"{target} has {what} of its own: blocks of {source} would not be found there"
+                )
     outcomes: Counter[str] = Counter()
     nbytes = 0
     with DiskTier(from_folder, "source") as one, DiskTier(into, "target") as other:
-        if of_home and not (target / _SECRET).exists():
-            shutil.copy(source / _SECRET, target / _SECRET)
+        if of_home:
+            for name in _OF_ITS_BLOCKS:
+                if (source / name).exists():
+                    create_once(target / name, (source / name).read_bytes())
         for copied in copy_blocks(one, other):
             outcomes[copied.outcome] += 1
             nbytes += copied.nbytes if copied.outcome == "copied" else 0
@@ -231,6 +237,10 @@ def copy(
         )
     if outcomes["damaged"]:
         raise typer.Exit(_EXIT_DAMAGED)
+
+
+def _bytes_of(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
 
 
 def _home(settings: Settings) -> Path:
