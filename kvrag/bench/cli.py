@@ -11,7 +11,17 @@ from typing import Annotated
 
 import typer
 
-from kvrag.bench import eviction, fidelity, kernels, layers, pipeline, store, ttft
+from kvrag.bench import (
+    eviction,
+    fidelity,
+    kernels,
+    layers,
+    pipeline,
+    sealing,
+    store,
+    tenants,
+    ttft,
+)
 from kvrag.bench.peers import PEERS, peer_option
 from kvrag.config import Settings
 from kvrag.engine import Engine
@@ -235,6 +245,27 @@ def store_command(
         raise InputError(f"--layer-bytes is {layer_bytes}; give a multiple of 4096")
     options = store.StoreOptions(layers, layer_bytes, blocks, repetitions)
     store.run(_settings(context), options)
+
+
+@app.command("sealing")
+def sealing_command(
+    layers: Annotated[int, typer.Option(min=1, help="Layers of a block.")] = 30,
+    layer_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a layer.")] = 196_608,
+    repetitions: Annotated[int, typer.Option(min=1, help="Runs that the median is of.")] = 30,
+) -> None:
+    """What encrypting stored KV costs, beside reading and writing it plain. Opens no model."""
+    sealing.run(sealing.SealingOptions(layers, layer_bytes, repetitions))
+
+
+@app.command("tenants")
+def tenants_command(
+    texts: Annotated[int, typer.Option(min=2, help="Texts of each kind.")] = 200,
+    tokens: Annotated[int, typer.Option(min=1, max=8192, help="Tokens of a text.")] = 64,
+    repetitions: Annotated[int, typer.Option(min=1, help="Look-ups of each text.")] = 20,
+    seed: Annotated[int, typer.Option(help="Draws texts and their order.")] = 0,
+) -> None:
+    """Whether a look-up's time tells that another tenant's text is stored. Opens no model."""
+    tenants.run(tenants.TenantsOptions(texts, tokens, repetitions, seed))
 
 
 def _numbers(option: str, given: str | None) -> tuple[int, ...]:
