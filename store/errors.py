@@ -5,6 +5,7 @@
     ├── SecretError                     the file of the key secret cannot be used
     ├── EncryptionKeyError (ValueError) no such key, or not the one of this home
     ├── UnknownCodecError (ValueError)  no codec has that name
+    ├── UnencodableError  (ValueError)  K and V, or parameters, that a codec does not take
     ├── BlockFormatError  (ValueError)  bytes that are no sound block: bounds, types, checksums
     ├── DamagedBlockError               no tier has a sound copy of an opened block (any more)
     └── TierError                       a tier is out of service; carries its name
@@ -29,6 +30,7 @@ __all__ = [
     "StoreError",
     "TierError",
     "TierFullError",
+    "UnencodableError",
     "UnknownCodecError",
 ]
 
@@ -51,6 +53,10 @@ class EncryptionKeyError(StoreError, ValueError):
 
 class UnknownCodecError(StoreError, ValueError):
     """No codec is registered under the name."""
+
+
+class UnencodableError(StoreError, ValueError):
+    """K and V, or parameters, that a codec does not take: shape, dtype, NaN, infinity."""
 
 
 class BlockFormatError(StoreError, ValueError):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import Buffer
 
 from kvrag.errors import PromptTooLongError
 from kvrag.fusion.stream import LayerKV
@@ -112,10 +113,11 @@ class ChunkBlocks:
             device=decoder.device,
         )
         self._prefixes.fill(cache, self.prefix_ids)
-        segments = []
+        segments: list[Buffer] = []
 
         def encode(k: Tensor, v: Tensor) -> None:
-            segments.append(self.codec.encode(k.to(decoder.dtype), v.to(decoder.dtype)))
+            k, v = k.to(decoder.dtype), v.to(decoder.dtype)
+            segments.append(self.codec.encode(k, v, layer=len(segments)))
 
         append(decoder, token_ids, cache, sink=encode)
         shape = self._shape(token_ids)

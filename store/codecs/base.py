@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
     from ..header import BlockHeader
 
-__all__ = ["Codec"]
+__all__ = ["Codec", "Unpack"]
 
 
 class Codec(Protocol):
-    """Encodes one layer. Stateless and thread-safe.
+    """Encodes one layer. Immutable and thread-safe.
 
     `name`, `version` and `params_digest` are part of every block key: change the bytes a codec
     makes, and one of them must change.
@@ -34,11 +34,11 @@ class Codec(Protocol):
         """Digest of the parameters; empty if there are none."""
         ...
 
-    def encode(self, k: torch.Tensor, v: torch.Tensor) -> Buffer:
+    def encode(self, k: torch.Tensor, v: torch.Tensor, *, layer: int) -> Buffer:
         """One layer's segment, without padding, in memory of its own.
 
         k: (kv_heads, tokens, head_dim), v: (kv_heads, tokens, head_dim_v), same dtype, any device,
-        any strides. Raises `ValueError` for another shape or dtype than the codec takes.
+        any strides. Raises `UnencodableError` for what the codec does not take.
         """
         ...
 
@@ -47,5 +47,30 @@ class Codec(Protocol):
 
         `buffer` is one segment, with or without its padding, already verified. The tensors may
         alias it: they are read-only by contract. Raises `BlockFormatError` if they do not fit.
+        """
+        ...
+
+
+class Unpack(Protocol):
+    """Decodes one layer of codes, for codecs whose decoding is worth native code."""
+
+    def __call__(
+        self,
+        layer: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        bits: int,
+        groups: int,
+        parts: int,
+    ) -> int:
+        """Fill `k` and `v`, and return how many bytes a layer of these codes takes.
+
+        If that is more than there are, `k` and `v` are left as they were.
+
+        Args:
+            layer: uint8 (n,), a segment as `grouped` describes it, or more than that.
+            k, v: bfloat16 or float32 (kv_heads, tokens, head_dim), contiguous.
+            bits: 4 or 8. groups: of tokens, that share K's scales. parts: of a row of V.
         """
         ...

@@ -29,7 +29,7 @@ def block_of(k, v, dtype):
         k_shape=k.shape,
         v_shape=v.shape,
         dtype=dtype,
-        segments=[raw.encode(k[layer], v[layer]) for layer in range(len(k))],
+        segments=[raw.encode(k[layer], v[layer], layer=layer) for layer in range(len(k))],
     )
 
 
@@ -61,7 +61,7 @@ def test_raw_takes_tensors_of_any_strides():
 
 def test_raw_encodes_into_memory_of_its_own():
     k, v = torch.ones(1, 2, 4), torch.ones(1, 2, 4)
-    encoded = codec("raw").encode(k, v)
+    encoded = codec("raw").encode(k, v, layer=0)
     before = bytes(encoded)
     k.zero_()
     assert bytes(encoded) == before
@@ -92,7 +92,7 @@ def test_raw_refuses():
         (k, torch.randn(1, 3, 4)),
     ):
         with pytest.raises(ValueError, match="raw takes"):
-            raw.encode(other_k, other_v)
+            raw.encode(other_k, other_v, layer=0)
     block = block_of(k[None], k[None], "float32")
     with pytest.raises(BlockFormatError, match="takes 64 bytes, got 63"):
         raw.decode(block.segments[0][:63], block.header)
@@ -102,8 +102,8 @@ def test_raw_refuses():
 
 
 def test_an_unknown_codec_names_the_known_ones():
-    assert codec_names() == ("raw",)
-    with pytest.raises(UnknownCodecError, match="'zip'; known: raw"):
+    assert codec_names() == ("raw", "int8", "int4")
+    with pytest.raises(UnknownCodecError, match="'zip'; known: raw, int8, int4"):
         codec("zip")
     made: Codec = codec("raw")
     assert (made.name, made.version, made.params_digest) == ("raw", 1, "")
