@@ -11,6 +11,7 @@ from .library import load
 from .memory import empty_huge
 from .operations import Int8Weights, Native
 from .panels import Panels
+from .unpack import NativeUnpack
 
 __all__ = [
     "Int8Weights",
@@ -18,6 +19,7 @@ __all__ = [
     "LayersShape",
     "Native",
     "NativeLayers",
+    "NativeUnpack",
     "Panels",
     "PlacedChunk",
     "Product",

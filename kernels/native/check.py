@@ -13,6 +13,7 @@ from .chunks import put_chunks
 from .layers import LayerParts, LayersShape, NativeLayers, Product
 from .operations import INT8_GROUP, Int8Weights, Native
 from .panels import Panels
+from .unpack import NativeUnpack
 
 __all__ = ["check"]
 
@@ -77,7 +78,27 @@ def check(native: Native) -> None:
     weights = (q.view(2, 3, 13) @ k.transpose(1, 2) * 13**-0.5).softmax(-1)
     _agree("decode", native.decode_attention(q, [k], [v], [300]), (weights @ v).view(1, -1))
 
+    _check_unpack(NativeUnpack(native), draw)
     _check_layers(native, draw)
+
+
+def _check_unpack(native: NativeUnpack, draw: Callable[..., Tensor]) -> None:
+    """Codes of 4 bits, of which one channel has 8: 3 tokens of 2 parts of 24 numbers."""
+    scales, steps = draw(2, 48, dtype=torch.bfloat16), draw(3, 2, dtype=torch.bfloat16)
+    codes = (draw(3, 48).abs() * 8).clamp(max=15).to(torch.uint8)
+    rows, low_bits = codes[:, :24] | codes[:, 24:] << 4, codes[:, :1]
+    mask = torch.tensor([0, 0, 0, 1 << 6, 0, 0], dtype=torch.uint8)
+    parts = (scales, steps, mask, torch.cat((rows, low_bits), 1), rows)
+    layer = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
+    k, v = torch.empty(1, 3, 48), torch.empty(1, 3, 48)
+    native(layer, k, v, bits=4, groups=1, parts=2)
+    numbers = codes.float()
+    numbers[:, 30] = 16 * numbers[:, 30] + codes[:, 0]
+    _agree("unpacking of K", k[0], scales[0].float() + scales[1].float() * numbers)
+    # Sylvester's matrix of 8, the widest power of two that divides 24.
+    signs = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(8)] for i in range(8)])
+    spread = ((codes.float() - 7.5).view(3, 2, 24) * steps.float()[..., None]).view(3, 6, 8)
+    _agree("unpacking of V", v[0], (spread @ signs / 8).view(3, 48))
 
 
 def _check_layers(native: Native, draw: Callable[..., Tensor]) -> None:

@@ -24,6 +24,7 @@ _ROTATE = (c_void_p, *[c_int64] * 5, c_void_p, c_void_p, c_int64, c_void_p, c_in
 _GEMV = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int)
 _GEMM = (c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int)
 _GATED = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int)
+_UNPACK = (c_void_p, *[c_int64] * 5, c_int, *[c_int64] * 3, c_void_p, c_void_p, c_void_p)
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "rotate_into_f32": _ROTATE,
     "rotate_into_bf16": _ROTATE,
@@ -42,6 +43,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "gemv_i8": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int),
     "gemm_bf16": _GEMM,
     "gemm_f16": _GEMM,
+    "unpack_f32": _UNPACK,
+    "unpack_bf16": _UNPACK,
     "layers": (*[c_void_p] * 5, c_int64, c_int64, c_void_p, c_int),
 }  # fmt: skip
 
