@@ -99,7 +99,9 @@ class Settings(BaseSettings):
     threads: int | None = Field(
         None, ge=1, description="Threads of torch in this process; None leaves torch's choice."
     )
-    codec: str = Field("raw", description="How KV is encoded in the store.")
+    codec: Literal["raw", "int8", "int4"] = Field(
+        "raw", description="How KV is encoded in the store; raw keeps every bit."
+    )
     namespace: str = Field("default", min_length=1, description="Tenant whose blocks are used.")
     instruction: str = Field(
         DEFAULT_INSTRUCTION, min_length=1, description="System text in front of the passages."

@@ -11,6 +11,7 @@ by name.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import operator
 import threading
@@ -24,7 +25,7 @@ import torch
 
 from kvrag.answer import Answer
 from kvrag.blending import Blending
-from kvrag.blocks import DEFAULT_CONTEXT, ChunkBlocks, PlacedBlocks, context_ids
+from kvrag.blocks import DEFAULT_CONTEXT, ChunkBlocks, PlacedBlocks, context_ids, fine_channels
 from kvrag.config import Settings
 from kvrag.corpus import Corpus
 from kvrag.errors import ClosedError, InputError, PromptTooLongError, SettingsError
@@ -35,6 +36,7 @@ from kvrag.generation.graph import GraphedDecoding
 from kvrag.generation.kv_memory import KVMemory
 from kvrag.generation.params import GenerationParams
 from kvrag.generation.prefix_cache import PrefixCache
+from kvrag.kernels.native import NativeUnpack
 from kvrag.models.forward import extend
 from kvrag.models.source import Model, open_model
 from kvrag.passages import Passage, passage_chunks
@@ -46,7 +48,7 @@ from kvrag.retrieval.catalog import Catalog, Counts, StoredDocument
 from kvrag.retrieval.documents import Document
 from kvrag.retrieval.loaders import Skipped
 from kvrag.retriever import KVRetriever, RetrievedChunk
-from kvrag.store.codecs import codec
+from kvrag.store.codecs import Codec, codec
 from kvrag.store.keys import KeyMaker
 from kvrag.store.secret import load_or_create_secret
 from kvrag.store.tiered import StoreStats, TieredStore
@@ -96,7 +98,6 @@ class Engine:
             kernels=settings.kernels,
             kernels_dir=settings.kernels_dir,
         )
-        self._codec = codec(settings.codec)
         self._prefixes = PrefixCache(self.model.decoder)
         self._kv_memory = KVMemory()
         self.controller = Controller(self.model.decoder)
@@ -120,6 +121,7 @@ class Engine:
         self._closed = False
         try:
             self._catalog = Catalog.open(home / "catalog.sqlite")
+            self._codec = self._opened_codec()
             self._references = References(self._catalog, self.store)
             self._layout = self._fixed_layout(settings.instruction)
             #: Of the passages that requests bring, behind the prompt's own prefix.
@@ -438,6 +440,18 @@ class Engine:
             ),
             tokenizer,
         )
+
+    def _opened_codec(self) -> Codec:
+        """Where a codec is calibrated, as the first who opened it with this model had it."""
+        name, model = self.settings.codec, self.model
+        native = model.decoder.kernels.native
+        unpack = None if native is None else NativeUnpack(native)
+        if name != "int4":
+            return codec(name, unpack=unpack)
+        calibrated = self._first_setting(
+            f"codec {name} {model.fingerprint}", lambda: json.dumps(fine_channels(model))
+        )
+        return codec(name, fine=json.loads(calibrated), unpack=unpack)
 
     def _first_setting(self, name: str, make: Callable[[], str]) -> str:
         """A setting of the home that the first who needs it fixes for all."""

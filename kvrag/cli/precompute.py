@@ -40,13 +40,14 @@ def precompute(
     max_document_bytes: Annotated[
         int | None, typer.Option(help="Larger files are skipped.")
     ] = None,
+    codec: Annotated[str | None, typer.Option(help="How KV is encoded: raw, int8 or int4.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Add documents and compute their KV.
 
     Goes on where it was interrupted. Exits with 3 if something was skipped.
     """
-    settings = settings_of(context, max_document_bytes=max_document_bytes)
+    settings = settings_of(context, max_document_bytes=max_document_bytes, codec=codec)
     from kvrag.errors import InputError
     from kvrag.retrieval.loaders import load
 
