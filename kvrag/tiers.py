@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvrag.config import Settings
 from kvrag.errors import MissingExtraError
+from kvrag.store.buffers import aligned_buffer
 from kvrag.store.disk import DiskTier
 from kvrag.store.encryption_key import agree_on_key, key_from_text, read_key_file
 from kvrag.store.eviction import policy_named
@@ -54,7 +55,7 @@ def tier_slots(settings: Settings, sealer: Sealer | None = None) -> list[TierSlo
 
     slots = [
         TierSlot(
-            RamTier(),
+            RamTier(allocate=_pinned if settings.device.startswith("cuda") else aligned_buffer),
             Limits(
                 settings.ram_bytes,
                 namespace_nbytes=settings.namespace_ram_bytes,
@@ -96,3 +97,18 @@ def _redis(settings: Settings, url: str) -> RedisTier:
         raise MissingExtraError(
             "redis_url is set, which needs redis-py: pip install 'kvrag[redis]'"
         ) from exc
+
+
+def _pinned(nbytes: int) -> memoryview:
+    """Memory that a GPU copies from by itself, at the start of a page as CUDA gives it.
+
+    Ordinary memory where the system pins no more: such a block is staged as one from the disk is.
+    """
+    import torch
+
+    try:
+        memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError:
+        return aligned_buffer(nbytes)
+    data: memoryview = memory.numpy().data
+    return data

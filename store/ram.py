@@ -12,7 +12,7 @@ from .errors import BlockFormatError, TierError
 from .tier import StoredBlock, Tier, check_key, segment_range, split_segments
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from .block import Block
     from .keys import BlockKey
@@ -27,13 +27,20 @@ class _Held:
 
 
 class RamTier(Tier):
-    """Blocks in memory. Segments it returns alias its copy, which is never written again."""
+    """Blocks in memory. Segments it returns alias its copy, which is never written again.
+
+    `allocate` gives writable memory of so many bytes that starts at a multiple of 4,096: pinned,
+    where a GPU copies from it.
+    """
 
     durable = False
     in_process = True
 
-    def __init__(self, name: str = "ram") -> None:
+    def __init__(
+        self, name: str = "ram", *, allocate: Callable[[int], memoryview] = aligned_buffer
+    ) -> None:
         self.name = name
+        self._allocate = allocate
         self._lock = threading.Lock()
         self._held: dict[BlockKey, _Held] = {}
         self._nbytes = 0
@@ -53,7 +60,7 @@ class RamTier(Tier):
 
     def put(self, key: BlockKey, block: Block) -> None:
         check_key(key, block)
-        data = aligned_buffer(block.nbytes)
+        data = self._allocate(block.nbytes)
         position = 0
         for part in (memoryview(block.header_bytes), *block.segments):
             data[position : position + len(part)] = part

@@ -39,13 +39,17 @@ class LateCopies:
         self.pinned.append(torch.empty(nbytes, dtype=torch.uint8))
         return self.pinned[-1]
 
+    def is_pinned(self, source):
+        return any(_within(source, memory) for memory in self.pinned)
+
     def copy(self, source):
         number = len(self.copies)
         if number == self.fails_at:
             raise torch.OutOfMemoryError("the device is full")
-        assert any(_within(source, memory) for memory in self.pinned), "not from pinned memory"
+        assert self.is_pinned(source), "not from pinned memory"
         copy = torch.full_like(source, FILL)
-        self._queue.append((number, source, source.clone()))
+        # Another object: who lets a copy's source go is found out.
+        self._queue.append((number, source.detach(), source.clone()))
         self.copies.append(copy)
         self.behind.append(self._events)
         self.log.append(("copy", number))

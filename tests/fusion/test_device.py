@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 
 import pytest
 import torch
@@ -116,6 +117,27 @@ def test_a_staging_is_written_when_its_copies_are_done():
     assert stream.pending == 0
     for layer, expected in zip(layers, source.layers, strict=True):
         check_equal(layer, expected)
+
+
+def test_what_is_pinned_already_is_copied_from_there():
+    """Without a staging between; and it stays until the copies are done, whoever lets go of it."""
+    source, stream = Layers(5, (5, 3, 4)), LateCopies(lazy=True)
+    stream.pinned += [part for layer in source.layers for part in layer[1]]
+    before = len(stream.pinned)
+    expected = [[(k.clone(), v.clone()) for k, v in layer] for layer in source.layers]
+    copies = DeviceCopies(source, stream)
+    layers = [copies.next_layer() for _ in source.layers]
+    assert len(stream.pinned) == before + 2
+    assert len(stream.copies) == 5 * (1 + 2 + 1)
+    held = [weakref.ref(layer[1][0]) for layer in source.layers]
+    source.layers.clear()
+    stream.pinned.clear()
+    # The device is behind by two layers, and what it has still to copy is kept for it.
+    assert [ref() is not None for ref in held] == [False, False, False, True, True]
+    copies.close()
+    assert not any(ref() for ref in held)
+    for layer, kv in zip(layers, expected, strict=True):
+        check_equal(layer, kv)
 
 
 def test_layers_of_other_sizes():

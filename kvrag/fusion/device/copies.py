@@ -5,7 +5,8 @@
 
 Two stagings take turns, so that layer l + 1 is staged while layer l is on its way. The thread that
 asks for layers waits only if a staging's own copies, two layers ago, are still under way; the
-device, which works behind, copies one layer while it computes with the one before.
+device, which works behind, copies one layer while it computes with the one before. What lies in
+pinned memory already, as the memory tier's raw blocks do beside a GPU, is copied from there.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _ALIGNMENT = 256
 class DeviceCopies:
     """A `fusion.LayerStream` whose K and V lie on the device of `stream`, in memory of their own.
 
-    Of each chunk and layer, K and V share one allocation. Closes `layers`, which yields them in
-    memory of the CPU. Not thread-safe.
+    Of each chunk and layer that was staged, K and V share one allocation. Closes `layers`, which
+    yields them in memory of the CPU. Not thread-safe.
     """
 
     def __init__(self, layers: LayerStream, stream: CopyStream) -> None:
@@ -42,13 +43,16 @@ class DeviceCopies:
         staging = self._stagings[0]
         self._stagings.reverse()
         try:
-            copies = [self._stream.copy(staged) for staged in staging.fill(chunks)]
+            copies = [tuple(map(self._stream.copy, sources)) for sources in staging.fill(chunks)]
         finally:
             # Also of copies that another's failure leaves alone: they still read the staging.
             event = staging.read_until = self._stream.record()
         event.wait()
-        self._stream.share(copies)
-        return [_parts(copy, k, v) for copy, (k, v) in zip(copies, chunks, strict=True)]
+        self._stream.share(copy for chunk in copies for copy in chunk)
+        return [
+            _parts(*chunk, k, v) if len(chunk) == 1 else (chunk[0], chunk[1])
+            for chunk, (k, v) in zip(copies, chunks, strict=True)
+        ]
 
     def close(self) -> None:
         """Close the layers and release the stagings, once no copy reads them. May be repeated."""
@@ -58,29 +62,42 @@ class DeviceCopies:
 
 
 class _Staging:
-    """Pinned memory for one layer of all chunks."""
+    """Pinned memory for one layer of all chunks, and what is copied without it."""
 
     def __init__(self, stream: CopyStream) -> None:
         self._stream = stream
         self._memory: Tensor | None = None
+        self._sources: Sequence[LayerKV] = ()
         #: Behind it, no copy reads the memory any more.
         self.read_until: Event | None = None
 
-    def fill(self, chunks: Sequence[LayerKV]) -> Iterator[Tensor]:
-        """Put K and V of each chunk into the memory; its part, uint8, as soon as it is there."""
+    def fill(self, chunks: Sequence[LayerKV]) -> Iterator[tuple[Tensor, ...]]:
+        """What to copy for each chunk, as soon as it is there.
+
+        K and V themselves where both are pinned; else the part of the memory, uint8, that both were
+        put into.
+        """
         self._wait()
-        sizes = [_place_of_v(k) + v.nbytes for k, v in chunks]
+        self._sources = chunks
+        pinned = [self._stream.is_pinned(k) and self._stream.is_pinned(v) for k, v in chunks]
+        sizes = [
+            0 if is_pinned else _place_of_v(k) + v.nbytes
+            for (k, v), is_pinned in zip(chunks, pinned, strict=True)
+        ]
         starts = [0]
         for size in sizes:
             starts.append(_aligned(starts[-1] + size))
         memory = self._memory
         if memory is None or len(memory) < starts[-1]:
             memory = self._memory = self._stream.pinned_empty(starts[-1])
-        for start, size, (k, v) in zip(starts, sizes, chunks, strict=False):
+        for start, size, (k, v), is_pinned in zip(starts, sizes, chunks, pinned, strict=False):
+            if is_pinned:
+                yield k, v
+                continue
             part = memory[start : start + size]
             for into, tensor in zip(_parts(part, k, v), (k, v), strict=True):
                 into.copy_(tensor)
-            yield part
+            yield (part,)
 
     def release(self) -> None:
         self._wait()
@@ -90,6 +107,7 @@ class _Staging:
         if self.read_until is not None:
             self.read_until.synchronize()
             self.read_until = None
+        self._sources = ()
 
 
 def _parts(memory: Tensor, k: Tensor, v: Tensor) -> LayerKV:

@@ -34,6 +34,10 @@ class CopyStream(Protocol):
         """uint8 (nbytes,) that `copy` can read while this thread goes on."""
         ...
 
+    def is_pinned(self, source: Tensor) -> bool:
+        """Whether `copy` can read it while this thread goes on."""
+        ...
+
     def copy(self, source: Tensor) -> Tensor:
         """Begin to copy; the copy on the device, not to be used before an event behind it.
 
@@ -59,6 +63,9 @@ class CudaCopies:
 
     def pinned_empty(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def is_pinned(self, source: Tensor) -> bool:
+        return source.is_pinned()
 
     def copy(self, source: Tensor) -> Tensor:
         # Under the stream the copy's memory is the stream's, too: nobody computes with it any more.
@@ -86,6 +93,9 @@ class BlockingCopies:
 
     def pinned_empty(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
+
+    def is_pinned(self, source: Tensor) -> bool:
+        return False  # staged as for a GPU, so that the same is run
 
     def copy(self, source: Tensor) -> Tensor:
         return source.to(self._device, copy=True)
