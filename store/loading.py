@@ -211,37 +211,42 @@ class Loading:
         """Quarantine a copy found damaged, unless a second look finds it sound.
 
         It was read without the lock of its key, so another version may have been put in its place
-        meanwhile, even the same one again; else the tier erred once, which is counted. `read`: the
-        segments that did not fit a sound header.
+        meanwhile, even the same one again, unseen; else the tier erred once: both are counted.
+        `read`: the segments that did not fit a sound header.
         """
         key = self.expected.key
         with self._placement.writing.held(key):
             try:
                 with slot.asked():
-                    damaged = self._is_damaged(slot, read)
+                    erred = self._is_sound(slot, read)
             except TierError:
                 return
             except BlockFormatError:
-                damaged = True
-            if damaged:
                 self._placement.quarantine_held(slot, key, reason)
-            elif read is not None:
+                return
+            if erred:
                 slot.count(errors=1)
                 _log.warning(
                     "block %s in tier %s: %s, but not when read again", key, slot.name, reason
                 )
 
-    def _is_damaged(self, slot: Slot, read: tuple[int, int] | None) -> bool:
-        """Raises `BlockFormatError` for damage that shows when it is read."""
-        key = self.expected.key
-        header = slot.tier.header(key)
-        if header is None or self.expected.mismatch(header) is not None:
-            return header is not None
-        if read is not None and header == self._header:
-            views = slot.tier.segments(key, *read) or []
-            for index, view in enumerate(views, start=read[0]):
-                verify_segment(header, index, view)
-        return False
+    def _is_sound(self, slot: Slot, read: tuple[int, int] | None) -> bool:
+        """Whether what did not fit does now; not if there is no block any more, or another version.
+
+        Raises `BlockFormatError` for damage.
+        """
+        header = slot.tier.header(self.expected.key)
+        if header is None:
+            return False
+        mismatch = self.expected.mismatch(header)
+        if mismatch is not None:
+            raise BlockFormatError(mismatch)
+        if read is None or header != self._header:
+            return False
+        views = slot.tier.segments(self.expected.key, *read) or []
+        for index, view in enumerate(views, start=read[0]):
+            verify_segment(header, index, view)
+        return bool(views)
 
     def _seek(self, start: int) -> None:
         """Settle on the first tier from `start` on that has the block, or on none."""

@@ -38,13 +38,12 @@ ALWAYS = (
     "victims = self._victims_locked(",  # … the room being reserved
     "self.tier.delete(victim)",
     "path.unlink()",
-    "os.open(temporary",
+    "os.open(path, flags, 0o600)",
     "fcntl.flock(descriptor",
     "os.writev(",
     "os.fsync(descriptor)",
     "os.replace(temporary",
-    "status = os.fstat(descriptor)",  # right behind the rename
-    "self._index.note(key, status)",
+    "os.close(descriptor)",  # right behind the rename
     "sync_folder(path.parent)",
     "present = self._close_locked(reservation)",
     "os.replace(path, self.folder",

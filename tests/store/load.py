@@ -120,7 +120,8 @@ def crowd(root: Path, seed: int, threads: int, acts: int) -> None:
 
         in_threads(threads, work)
         stats = store.stats()
-        print(json.dumps({"errors": [t.errors for t in stats.tiers], "open": stats.open_blocks}))
+        healthy = [tier.healthy for tier in stats.tiers]
+        print(json.dumps({"healthy": healthy, "open": stats.open_blocks}))
 
 
 def endure(root: Path, seconds: float) -> None:

@@ -45,7 +45,7 @@ def test_threads_and_processes_on_one_folder(tmp_path, processes, threads, acts)
     started = [start("crowd", root, seed, threads, acts) for seed in range(processes)]
     for process in started:
         (end,) = lines_of(process, 240 + acts)
-        assert end == {"errors": [0, 0], "open": 0}
+        assert end == {"healthy": [True, True], "open": 0}
     assert all(name.endswith(".kv") for name in names_under(root))
     with TieredStore([TierSlot(DiskTier(root), DISK_LIMIT)]) as store:
         for name in range(24):
