@@ -26,6 +26,7 @@ from .header import ALIGNMENT
 from .header_cache import HeaderCache
 from .layout import Layout, open_temporary, remove_if_abandoned
 from .quarantine import Quarantine
+from .residency import cached_share
 from .tier import StoredBlock, Tier, check_key, segment_range, split_segments
 
 if TYPE_CHECKING:
@@ -150,6 +151,19 @@ class DiskTier(Tier):
             # Below 0 the clock was set back, and what the file says must be corrected.
             if not 0 <= now_s - path.lstat().st_mtime < _TOUCH_GRAIN_S:
                 _set_time(path, now_s)
+
+    def cached_share(self, header: BlockHeader) -> float | None:
+        """See `Tier`: what of it the page cache holds."""
+        try:
+            descriptor = _open(self._layout.path(header.key))
+        except (OSError, BlockFormatError):
+            return None
+        if descriptor is None:
+            return None
+        try:
+            return cached_share(descriptor, 0, header.nbytes)
+        finally:
+            os.close(descriptor)
 
     def close(self) -> None:
         self._closed = True

@@ -109,6 +109,11 @@ class Loading:
         slot = self._slot
         return slot is not None and slot.in_process
 
+    def cached_share(self) -> float | None:
+        """See `Tier.cached_share`; of the tier that the block is read from."""
+        slot = self._slot
+        return None if slot is None else slot.tier.cached_share(self.header)
+
     def find(self) -> bool:
         """Seek the block, fastest tier first, unless that was done before; whether it was found."""
         slot = self._slot if self._sought else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Self
 
 from .errors import StoreError
@@ -45,6 +45,11 @@ class BlockReader:
     def in_memory(self) -> bool:
         """Whether that tier is memory of this process: reading it computes and does not wait."""
         return self._loading.in_memory
+
+    @cached_property
+    def cached_share(self) -> float | None:
+        """See `Tier.cached_share`. As it was when it was asked first: reading makes it higher."""
+        return self._loading.cached_share()
 
     def read(self, first: int, last: int) -> list[memoryview]:
         """Segments `first` up to, not including, `last`: read-only, padded, verified.
