@@ -368,7 +368,9 @@ class _Run:
 
 def _source(reader: BlockReader) -> ChunkSource:
     return ChunkSource(
-        reader.tier, tuple(segment.padded_nbytes for segment in reader.header.segments)
+        reader.tier,
+        tuple(segment.padded_nbytes for segment in reader.header.segments),
+        reader.cached_share,
     )
 
 

@@ -379,8 +379,9 @@ class BlendingBody(_Reply):
 
 
 class TierEstimateBody(_Reply):
-    bytes_per_s: float
-    latency_s: float = Field(description="Seconds until the first byte.")
+    bytes_per_s: float | None = Field(description="Of what it must be waited for.")
+    cached_bytes_per_s: float | None = Field(description="Of what lies in memory all the same.")
+    latency_s: float = Field(description="Seconds that a chunk's first byte adds.")
     nbytes: int = Field(description="Bytes measured so far.")
 
 

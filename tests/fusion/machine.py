@@ -10,10 +10,10 @@ from typing import ClassVar
 from kvrag.fusion import Prompt
 from kvrag.fusion.controller import ChunkSource, Controller, Decision
 from kvrag.fusion.controller.forecast import Forecast, forecast
-from kvrag.fusion.controller.plan import Work, alone, make_plan
+from kvrag.fusion.controller.plan import Needed, Work, alone, make_plan
 from kvrag.fusion.full import Full
 from kvrag.fusion.layerwise import LayerwiseStrategy
-from kvrag.fusion.stream import TierRead
+from kvrag.fusion.stream import Amounts, TierRead
 
 LAYERS = 30
 #: SmolLM2-135M's shape, and its bytes of KV a token.
@@ -53,19 +53,26 @@ def prompt(tokens: int, *, question: int = 30) -> Prompt:
     return Prompt.build((0,) * 30, chunks, (0,) * question, prefix_match=True)
 
 
-def sources(tokens: int, tier: str = "disk") -> list[ChunkSource]:
-    return [ChunkSource(tier, (KV_NBYTES * CHUNK // LAYERS,) * LAYERS)] * (tokens // CHUNK)
+def sources(tokens: int, tier: str = "disk", cached_chunks: int | None = None) -> list[ChunkSource]:
+    """cached_chunks: how many, the first ones, lie in the page cache; None if nobody can tell."""
+    layer_nbytes = (KV_NBYTES * CHUNK // LAYERS,) * LAYERS
+    shares = [None if cached_chunks is None else float(i < cached_chunks) for i in range(tokens)]
+    return [ChunkSource(tier, layer_nbytes, shares[i]) for i in range(tokens // CHUNK)]
 
 
 @dataclass
 class Machine:
     """`ask` runs one request as the controller decides. Speeds may be changed in between.
 
-    noise: everything takes up to this share more or less than it should.
+    latency_s: of the first byte of a request. cached_bytes_per_s: of what the page cache holds.
+    beside: share of its speed that loading keeps beside computing. noise: everything takes up to
+    this share more or less than it should.
     """
 
     controller: Controller = field(default_factory=lambda: Controller(decoder()))
     bytes_per_s: float = 2e9
+    cached_bytes_per_s: float = 5e9
+    beside: float = 1.0
     latency_s: float = 0.002
     linear: float = 150e9
     attention: float = 80e9
@@ -77,11 +84,40 @@ class Machine:
         attention = work.attention_flops / self.attention
         return linear + attention + 2e-4 * work.visits + 2e-7 * work.placed
 
-    def loading(self, tier: str, nbytes: int) -> float:
-        return nbytes / 1e10 if tier == "ram" else self.latency_s + nbytes / self.bytes_per_s
+    def loading(self, tier: str, needed: Needed) -> float:
+        return self.first_s(tier, needed.first) + self.rest_s(tier, needed.rest)
+
+    def first_s(self, tier: str, amounts: Amounts) -> float:
+        latency_s = 0.0 if tier == "ram" or not amounts.nbytes else self.latency_s
+        return latency_s + self.rest_s(tier, amounts)
+
+    def rest_s(self, tier: str, amounts: Amounts) -> float:
+        bytes_per_s = 1e10 if tier == "ram" else self.bytes_per_s
+        return amounts.nbytes / bytes_per_s + amounts.cached / self.cached_bytes_per_s
 
     def truth(self, plan) -> Forecast:
-        return forecast(plan, first_s=0.0, computing=self.computing, loading=self.loading)
+        return forecast(
+            plan,
+            first_s=0.0,
+            computing=self.computing,
+            loading=self.loading,
+            beside=lambda tier: self.beside,
+        )
+
+    def read(self, tier: str, needed: Needed, stall_s: float) -> TierRead:
+        """What a request measures of its loading, of which it waited `stall_s`."""
+        first_s, rest_s = self.first_s(tier, needed.first), self.rest_s(tier, needed.rest)
+        waited_s = min(rest_s, max(0.0, stall_s - first_s))
+        rest_s, off = waited_s + (rest_s - waited_s) / self.beside, self._about_one()
+        return TierRead(
+            nbytes=round(sum(needed.first[1:] + needed.rest[1:])),
+            seconds=(first_s + rest_s) * off,
+            first=needed.first,
+            first_s=first_s * off,
+            rest=needed.rest,
+            rest_s=rest_s * off,
+            rest_waited_s=waited_s * off,
+        )
 
     def precompute(self, chunks: int = 8) -> None:
         """Blocks are computed alone, which shows the speed of computing everything."""
@@ -94,18 +130,23 @@ class Machine:
         return self.truth(make_plan(Full(), decoder(), prompt(tokens), ())).seconds
 
     def ask(
-        self, tokens: int, strategy, *, adapt: bool = True, tier: str = "disk"
+        self,
+        tokens: int,
+        strategy,
+        *,
+        adapt: bool = True,
+        tier: str = "disk",
+        cached_chunks: int | None = None,
     ) -> tuple[Decision, Forecast]:
         """The decision, and what came of it."""
-        stored = sources(tokens, tier)
+        stored = sources(tokens, tier, cached_chunks)
         decision = self.controller.decide(prompt(tokens), strategy, stored, adapt=adapt)
         found = self.truth(decision.plan)
         compute_s = found.compute_s * self._about_one()
         stall_s = found.stall_s * self._about_one()
         if decision.strategy.uses_blocks:
-            nbytes = sum(sum(source.layer_nbytes) for source in stored)
-            seconds = self.loading(tier, nbytes) * self._about_one()
-            self.controller.loaded({tier: TierRead(nbytes, seconds)})
+            needed = decision.plan.needed[tier]
+            self.controller.loaded({tier: self.read(tier, needed, found.stall_s)})
         seconds = compute_s + stall_s
         self.controller.ran(decision, compute_s=compute_s, stall_s=stall_s, seconds=seconds)
         return decision, Forecast(seconds, stall_s)

@@ -16,8 +16,10 @@ from kvrag.errors import InputError
 from kvrag.fusion import create, strategy_names
 from kvrag.fusion.controller import TierPrice
 from kvrag.fusion.controller.fit import Fit
-from kvrag.fusion.controller.plan import alone, make_plan
+from kvrag.fusion.controller.plan import ChunkSource, Needed, alone, make_plan
+from kvrag.fusion.controller.plan import _needed as needed_of
 from kvrag.fusion.full import Full
+from kvrag.fusion.stream import Amounts
 from kvrag.models.layer import Layer
 from kvrag.prefill import Prefill
 from kvrag.prompting import PromptLayout
@@ -132,7 +134,20 @@ def test_bytes_are_needed_when_the_group_of_a_layer_is():
     plan = Machine().ask(2 * CHUNK, CACHEBLEND)[0].plan
     layer = 2 * (KV_NBYTES * CHUNK // 30)
     ends = [1, 3, 3, 7, 7, 7, 7, *[15] * 8, *[23] * 8, *[30] * 7]
-    assert [stage.needed for stage in plan.stages] == [{"disk": end * layer} for end in ends]
+    assert [stage.needed for stage in plan.stages] == [
+        {"disk": Needed(Amounts(2, layer, 0), Amounts(0, (end - 1) * layer, 0))} for end in ends
+    ]
+
+
+def test_what_lies_in_the_page_cache_is_not_waited_for():
+    stored = [
+        ChunkSource("disk", (100, 10, 10), 1.0),
+        ChunkSource("disk", (100, 10, 10), 0.25),
+        ChunkSource("disk", (100, 10, 10), None),
+    ]
+    assert needed_of(stored, [0, 0, 0])[-1] == {
+        "disk": Needed(Amounts(1.75, 175, 125), Amounts(0, 35, 25))
+    }
 
 
 def test_a_first_pass_of_the_question_waits_and_the_rows_do_not():
@@ -176,9 +191,9 @@ def test_a_few_bytes_decide_nothing():
     tiny = Uniform(0.1)
     for _ in range(4):
         machine.ask(CHUNK, tiny, adapt=False)
-    machine.controller._tiers["disk"].nbytes = 4 * 2**20 - 1
+    machine.controller._tiers["disk"]._cold.nbytes = 4 * 2**20 - 1
     assert machine.ask(CHUNK, tiny)[0].reason == "quality"
-    machine.controller._tiers["disk"].nbytes = 4 * 2**20
+    machine.controller._tiers["disk"]._cold.nbytes = 4 * 2**20
     assert machine.ask(CHUNK, tiny)[0].reason != "quality"
 
 
@@ -401,6 +416,64 @@ def test_stalls_are_foreseen_within_a_fifth(name, bytes_per_s):
     estimates = machine.controller.estimates
     assert estimates.ttft_error < 0.15
     assert estimates.forecasts > 12
+
+
+@pytest.mark.parametrize("beside", [1.0, 0.4])
+@pytest.mark.parametrize("name", ["cacheblend", "fast", "reuse"])
+def test_stalls_are_foreseen_whatever_the_page_cache_holds(name, beside):
+    """Cold and cached reads were one rate, wherever between theirs the last requests had put it."""
+    strategy = create(name)
+    machine = trained(strategy, bytes_per_s=2e7, beside=beside, noise=0.05)
+    rng = random.Random(3)
+    for cached in (0, 8, 0, 8, 4):
+        machine.ask(2048, strategy, adapt=False, cached_chunks=cached)
+    errors = []
+    for _ in range(16):
+        cached = rng.choice((0, 0, 2, 4, 6, 8))
+        decision, seen = machine.ask(2048, strategy, adapt=False, cached_chunks=cached)
+        if seen.stall_s > 0.05:
+            errors.append(abs(decision.predicted_stall_s - seen.stall_s) / seen.stall_s)
+    assert len(errors) >= 8
+    assert sorted(errors)[len(errors) // 2] < 0.15
+    assert max(errors) < 0.5
+
+
+def test_a_long_time_in_the_page_cache_does_not_make_the_disk_faster():
+    machine = trained(bytes_per_s=2e7)
+    for _ in range(3):
+        machine.ask(2048, CACHEBLEND, adapt=False, cached_chunks=0)
+    for _ in range(50):
+        machine.ask(2048, CACHEBLEND, adapt=False, cached_chunks=8)
+    disk = machine.controller.estimates.tiers["disk"]
+    assert disk.bytes_per_s == pytest.approx(2e7, rel=0.05)
+    assert disk.cached_bytes_per_s == pytest.approx(5e9, rel=0.1)
+    decision, seen = machine.ask(2048, CACHEBLEND, adapt=False, cached_chunks=0)
+    assert decision.predicted_stall_s == pytest.approx(seen.stall_s, rel=0.1)
+
+
+def test_what_was_only_read_from_the_page_cache_leads_to_no_other_answer_and_no_advice():
+    machine = Machine(bytes_per_s=2e7)
+    machine.precompute()
+    for _ in range(4):
+        machine.ask(2048, CACHEBLEND, cached_chunks=8)
+    stored = sources(2048, cached_chunks=0)
+    decision = machine.controller.decide(prompt(2048), CACHEBLEND, stored, adapt=True)
+    assert decision.reason == "quality"
+    advice = machine.controller.cheapest_tier(
+        2048, [TierPrice("disk", None, 1.0)], strategy=CACHEBLEND, nbytes_per_token=KV_NBYTES
+    )
+    assert (advice.choice, advice.tiers[0].bytes_per_s) == (None, None)
+
+
+def test_loading_that_shares_the_core_is_not_taken_for_a_slow_tier():
+    """Beside computing it takes three times as long, and nobody waits for it."""
+    machine = trained(create("fast"), bytes_per_s=1e8, beside=0.3)
+    for _ in range(12):
+        machine.ask(2048, create("fast"), adapt=False, cached_chunks=0)
+        decision, seen = machine.ask(2048, CACHEBLEND, adapt=False, cached_chunks=0)
+    assert decision.predicted_stall_s == pytest.approx(seen.stall_s, abs=0.01)
+    estimate = machine.controller.estimates.tiers["disk"]
+    assert estimate.bytes_per_s == pytest.approx(1e8, rel=0.2)
 
 
 def test_estimates_are_the_machines():

@@ -11,9 +11,9 @@ import weakref
 import pytest
 import torch
 
-from kvrag.fusion.stream import BlockStream, IoThreads, LoadingCancelled, TierRead
+from kvrag.fusion.stream import Amounts, BlockStream, IoThreads, LoadingCancelled, TierRead
 from kvrag.fusion.stream.chunk_reads import ChunkReads
-from kvrag.fusion.stream.read_times import ReadTimes
+from kvrag.fusion.stream.read_times import Read, ReadTimes
 from kvrag.store.codecs import codec
 from kvrag.store.disk import DiskTier
 from kvrag.store.errors import BlockFormatError, StoreError
@@ -591,12 +591,21 @@ def test_many_short_streams_leave_nothing(tmp_path):
 
 def test_read_times_count_overlaps_once():
     times = ReadTimes()
-    times.add("disk", 10, 1.0, 3.0)
-    times.add("disk", 20, 2.0, 4.0)
-    times.add("disk", 5, 6.0, 7.0)
-    times.add("disk", 0, 7.0, 9.0)  # another request had read it
-    times.add("ram", 7, 3.5, 4.5)
-    assert times.by_tier() == {"disk": TierRead(35, 4.0), "ram": TierRead(7, 1.0)}
+    times.add(Read("disk", 10, 1.0, 3.0, first=True, cached_share=0.5))
+    times.add(Read("disk", 20, 2.0, 4.0, first=True))
+    times.add(Read("disk", 8, 6.0, 7.0, cached_share=0.25))
+    times.add(Read("disk", 4, 6.5, 7.5))
+    times.add(Read("disk", 0, 7.0, 9.0))  # another request had read it
+    times.add(Read("ram", 7, 3.5, 4.5))
+    times.waited(0.5, 4.5)
+    times.waited(5.0, 6.25)
+    times.waited(7.25, 8.0)
+    assert times.by_tier() == {
+        "disk": TierRead(
+            42, 4.5, Amounts(1.5, 25, 5), 3.0, Amounts(0, 10, 2), rest_s=1.5, rest_waited_s=0.5
+        ),
+        "ram": TierRead(7, 1.0, Amounts(), 0.0, Amounts(0, 7, 0), rest_s=1.0, rest_waited_s=1.0),
+    }
     assert times.busy_s == 6.5
     assert ReadTimes().by_tier() == {}
 

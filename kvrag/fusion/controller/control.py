@@ -20,15 +20,16 @@ from kvrag.errors import InputError
 from kvrag.fusion.base import FusionStrategy
 from kvrag.fusion.controller.fit import Fit
 from kvrag.fusion.controller.forecast import Forecast, forecast
-from kvrag.fusion.controller.plan import ChunkSource, Plan, Work, alone, make_plan
+from kvrag.fusion.controller.plan import ChunkSource, Needed, Plan, Work, alone, make_plan
 from kvrag.fusion.controller.probing import Probe, Probing
+from kvrag.fusion.controller.tier_speed import TierEstimate, TierSpeed
 from kvrag.fusion.controller.tiers import TierAdvice, TierCheck, TierPrice, cheapest
 from kvrag.fusion.full import Full
 from kvrag.fusion.prompt import Prompt
 from kvrag.fusion.stream import TierRead
 from kvrag.models.decoder import Decoder
 
-__all__ = ["Controller", "Decision", "Estimates", "Reason", "TierEstimate"]
+__all__ = ["Controller", "Decision", "Estimates", "Reason"]
 
 #: quality: the strategy's own ratio. load: raised, because loading hides what that costs.
 #: probe: the strategy's own, in place of full prefill, to see whether loading is still slower.
@@ -37,8 +38,6 @@ Reason = Literal["quality", "load", "full: loading is slower", "probe", "fixed"]
 
 #: A wait that is shorter, in seconds or as a share of all, is left alone.
 LEAST_STALL_S, LEAST_STALL = 0.05, 0.1
-#: Fewer bytes tell more of the scheduler than of the tier.
-LEAST_NBYTES = 4 * 2**20
 #: What is better by less than this is not changed for.
 MARGIN = 0.1
 #: A raised ratio may cost this much of the time, and half of each step must be hidden.
@@ -73,15 +72,6 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class TierEstimate:
-    """What a tier delivers. latency_s: until the first byte. nbytes: measured so far."""
-
-    bytes_per_s: float
-    latency_s: float
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Estimates:
     """What was measured, recent requests most. None: nothing yet.
 
@@ -113,7 +103,7 @@ class Controller:
         stiffness = (3e-2, 1e-3, 1e-2, 3e-2)
         self._full = Fit(stiffness, like={_ATTENTION: _FLOPS})
         self._blend = Fit(stiffness, like={_ATTENTION: _FLOPS})
-        self._tiers: dict[str, _TierFit] = {}
+        self._tiers: dict[str, TierSpeed] = {}
         self._held: dict[_Key, FusionStrategy] = {}
         self._probing = Probing()  # of kinds that hold full prefill
         self._ttft_error, self._stall_error = _Mean(), _Mean()
@@ -175,7 +165,7 @@ class Controller:
 
     def _may_change(self, plan: Plan) -> bool:
         """Whether a forecast stands on good grounds, and may lead to another answer."""
-        known = all(self._tiers[tier].nbytes >= LEAST_NBYTES for tier in plan.tiers)
+        known = all(self._tiers[tier].knows(needed) for tier, needed in plan.needed.items())
         # Chunks that are computed anyway are stored, which full prefill would not do.
         return known and not plan.first.visits
 
@@ -225,15 +215,24 @@ class Controller:
         fit = self._blend if strategy.uses_blocks else self._full
         if not strategy.uses_blocks and fit.predict(plan.work) is None:
             fit = self._blend  # scattered rows are no faster than all
-        if fit.predict(plan.work) is None or not all(tier in self._tiers for tier in plan.tiers):
+        if fit.predict(plan.work) is None or not all(
+            tier in self._tiers and self._tiers[tier].seconds(needed) is not None
+            for tier, needed in plan.needed.items()
+        ):
             return None
         first_s = self._full.predict(plan.first) if plan.first.visits else 0.0
         if first_s is None:
             return None
-        return forecast(plan, first_s=first_s, computing=_seconds(fit), loading=self._loading)
+        return forecast(
+            plan,
+            first_s=first_s,
+            computing=_seconds(fit),
+            loading=self._loading,
+            beside=lambda tier: self._tiers[tier].beside(plan.needed[tier]),
+        )
 
-    def _loading(self, tier: str, nbytes: int) -> float:
-        return self._tiers[tier].fit.predict((1, nbytes)) or 0.0
+    def _loading(self, tier: str, needed: Needed) -> float:
+        return self._tiers[tier].seconds(needed) or 0.0
 
     # ---- learning ----------------------------------------------------------------------------
 
@@ -247,7 +246,7 @@ class Controller:
         with self._lock:
             for tier, read in reads.items():
                 if read.seconds > 0:
-                    self._tiers.setdefault(tier, _TierFit()).add(read.nbytes, read.seconds)
+                    self._tiers.setdefault(tier, TierSpeed()).add(read)
 
     def ran(self, decision: Decision, *, compute_s: float, stall_s: float, seconds: float) -> None:
         """A run as decided came to its end.
@@ -344,14 +343,22 @@ class Controller:
 
     def _check(self, tier: TierPrice, plan: Plan, nbytes: int) -> TierCheck:
         given = tier.bytes_per_s
-        if given is None and tier.name not in self._tiers:
+        if given is None and not (tier.name in self._tiers and self._tiers[tier.name].waited):
+            # What the system happened to keep in memory of a tier says nothing of the tier.
             return TierCheck(tier.name, tier.price, None, None, None, None, None)
 
-        def loading(name: str, nbytes: int) -> float:
-            return self._loading(name, nbytes) if given is None else nbytes / given
+        def loading(name: str, needed: Needed) -> float:
+            if given is None:
+                return self._loading(name, needed)
+            return (needed.first.nbytes + needed.rest.nbytes) / given
 
-        found = forecast(plan, first_s=0.0, computing=_seconds(self._blend), loading=loading)
-        load_s = loading(tier.name, nbytes)
+        def beside(name: str) -> float:
+            return self._tiers[name].beside(plan.needed[name]) if given is None else 1.0
+
+        found = forecast(
+            plan, first_s=0.0, computing=_seconds(self._blend), loading=loading, beside=beside
+        )
+        load_s = max(loading(*part) for part in plan.needed.items())
         return TierCheck(
             name=tier.name,
             price=tier.price,
@@ -361,21 +368,6 @@ class Controller:
             ttft_s=found.seconds,
             hides=found.stall_s <= LEAST_STALL * found.seconds,
         )
-
-
-class _TierFit:
-    """What a tier delivered: seconds of its reads for a request, by one and by bytes."""
-
-    def __init__(self) -> None:
-        self.fit, self.nbytes = Fit((1e-1, 1e-3)), 0
-
-    def add(self, nbytes: int, seconds: float) -> None:
-        self.fit.add((1, nbytes), seconds)
-        self.nbytes += nbytes
-
-    @property
-    def estimate(self) -> TierEstimate:
-        return TierEstimate(self.fit.rate(1) or 0.0, self.fit.cost(0) or 0.0, self.nbytes)
 
 
 class _Mean:

@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 from kvrag.fusion.base import FusionStrategy
 from kvrag.fusion.prompt import Prompt
+from kvrag.fusion.stream import Amounts
 from kvrag.fusion.stream.block_stream import LARGEST_GROUP
 from kvrag.models.config import ModelConfig
 from kvrag.models.decoder import Decoder
 
-__all__ = ["ChunkSource", "Plan", "Stage", "Work", "alone", "make_plan"]
+__all__ = ["ChunkSource", "Needed", "Plan", "Stage", "Work", "alone", "make_plan"]
 
 
 class Work(NamedTuple):
@@ -38,21 +39,36 @@ class Work(NamedTuple):
 class ChunkSource(NamedTuple):
     """Where a chunk's block lies, and the bytes of each of its layers there.
 
-    layer_nbytes: empty where nothing must be loaded.
+    layer_nbytes: empty where nothing must be loaded. cached_share: see `Tier.cached_share`.
     """
 
     tier: str
     layer_nbytes: tuple[int, ...]
+    cached_share: float | None = None
+
+
+class Needed(NamedTuple):
+    """What one tier must have delivered. first: layer 0, for which all others wait; rest: those."""
+
+    first: Amounts = Amounts()
+    rest: Amounts = Amounts()
+
+    def plus(self, layer: int, nbytes: int, cached_share: float | None) -> Needed:
+        """And one layer of a chunk."""
+        more = Amounts.of(nbytes, cached_share, begins=layer == 0)
+        if layer == 0:
+            return self._replace(first=self.first.plus(more))
+        return self._replace(rest=self.rest.plus(more))
 
 
 class Stage(NamedTuple):
-    """One layer of a run. needed: bytes that each tier must have delivered before, from its first.
+    """One layer of a run. needed: what each tier must have delivered before, from its first.
 
     It is empty where nothing new is needed.
     """
 
     work: Work
-    needed: dict[str, int]
+    needed: dict[str, Needed]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +87,17 @@ class Plan:
         return total
 
     @property
+    def needed(self) -> dict[str, Needed]:
+        """What each tier delivers in all, none where it delivers nothing."""
+        total: dict[str, Needed] = {}
+        for stage in self.stages:
+            total.update(stage.needed)
+        return total
+
+    @property
     def tiers(self) -> frozenset[str]:
         """All from which something is loaded."""
-        return frozenset(tier for stage in self.stages for tier in stage.needed)
+        return frozenset(self.needed)
 
 
 def make_plan(
@@ -96,7 +120,7 @@ def make_plan(
         return None
     config, pulled = decoder.config, 0
     stages: list[Stage] = []
-    needed: list[dict[str, int]] = [{}] * config.num_layers
+    needed: list[dict[str, Needed]] = [{}] * config.num_layers
     placed = [0] * config.num_layers
     first = Work(0, 0, 0, 0)
     if strategy.uses_blocks:
@@ -140,21 +164,22 @@ def _rows(config: ModelConfig, layer: int, rows: float, mean_keys: float) -> Wor
 
 def _needed(
     sources: Sequence[ChunkSource | None], first_chunks: Sequence[int]
-) -> list[dict[str, int]]:
-    """For each layer the bytes that each tier has delivered when that layer is there.
+) -> list[dict[str, Needed]]:
+    """For each layer what each tier has delivered when that layer is there.
 
     Layers come in groups that grow, so that a layer is there when the last of its group is.
     """
     num_layers, end, size = len(first_chunks), 0, 1
-    total: dict[str, int] = {}
-    needed: list[dict[str, int]] = []
+    total: dict[str, Needed] = {}
+    needed: list[dict[str, Needed]] = []
     while end < num_layers:
         first, end = end, min(num_layers, end + size)
         for layer in range(first, end):
             for source in sources[first_chunks[layer] :]:
                 if source is not None and source.layer_nbytes:
+                    before = total.get(source.tier, Needed())
                     nbytes = source.layer_nbytes[layer]
-                    total[source.tier] = total.get(source.tier, 0) + nbytes
+                    total[source.tier] = before.plus(layer, nbytes, source.cached_share)
         needed += [dict(total)] * (end - first)
         size = min(end + 1, LARGEST_GROUP)
     return needed

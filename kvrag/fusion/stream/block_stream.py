@@ -19,7 +19,7 @@ import torch
 
 from kvrag.fusion.stream.chunk_reads import ChunkReads, LayerKV
 from kvrag.fusion.stream.io_threads import WIDTH, IoThreads, io_threads
-from kvrag.fusion.stream.read_times import ReadTimes, TierRead
+from kvrag.fusion.stream.read_times import Read, ReadTimes, TierRead
 from kvrag.store.codecs import Codec
 from kvrag.store.errors import StoreError
 from kvrag.store.header import BlockHeader
@@ -174,7 +174,9 @@ class BlockStream:
                     self._waiting = False
                     raise LoadingCancelled
             self._waiting = False
-            self.stall_s += time.perf_counter() - begun
+            ended = time.perf_counter()
+            self.stall_s += ended - begun
+            self._times.waited(begun, ended)
             if self._error is not None:
                 raise self._error
             if self._closed:
@@ -264,15 +266,24 @@ class BlockStream:
 
     def _load(self, chunk: ChunkReads, first: int, last: int) -> None:
         begun = time.perf_counter()
+        cached_share = chunk.reader.cached_share  # before anything of it is read
         try:
             fetched = chunk.reader.fetch(first, last)
         except StoreError:
-            self._arrived(chunk, first, None, ("", 0, begun))
+            self._arrived(chunk, first, None, Read("", 0, begun, time.perf_counter()))
             chunk.reader.close()
             return
         try:
-            read = (fetched.tier, fetched.read_nbytes, begun)
-            self._arrived(chunk, first, self._decoded(chunk, fetched.segments), read)
+            layers = self._decoded(chunk, fetched.segments)
+            read = Read(
+                fetched.tier,
+                fetched.read_nbytes,
+                begun,
+                time.perf_counter(),
+                first=first == 0,
+                cached_share=cached_share,
+            )
+            self._arrived(chunk, first, layers, read)
             self._read_on()
             if chunk.ended:
                 # Its encoded bytes are held while it is open; a run may go on for long.
@@ -289,15 +300,11 @@ class BlockStream:
             return None
 
     def _arrived(
-        self,
-        chunk: ChunkReads,
-        first: int,
-        layers: list[LayerKV] | None,
-        read: tuple[str, int, float],
+        self, chunk: ChunkReads, first: int, layers: list[LayerKV] | None, read: Read
     ) -> None:
         """Hand a group over, or note that it cannot be had; wake the caller if that is its turn."""
         with self._changed:
-            self._times.add(*read, time.perf_counter())
+            self._times.add(read)
             if self._closed:
                 return
             if layers is None:
