@@ -186,9 +186,29 @@ def pipeline_command(
         typer.Option(min=0, max=1, help="Recompute ratio; default: each strategy's own."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws passages and question.")] = 0,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(help="May be repeated; default reuse, cacheblend and the settings' own."),
+    ] = None,
+    warm_up: Annotated[
+        int, typer.Option(min=0, help="Runs before, from which the controller learns.")
+    ] = 1,
+    state: Annotated[
+        list[str] | None,
+        typer.Option(help=f"May be repeated; default all: {'; '.join(pipeline.STATES)}."),
+    ] = None,
 ) -> None:
     """How much of loading hides behind computing, with blocks in memory, on disk, and on both."""
-    options = pipeline.PipelineOptions(chunks, chunk_tokens, repetitions, ratio, seed)
+    options = pipeline.PipelineOptions(
+        chunks=chunks,
+        chunk_tokens=chunk_tokens,
+        repetitions=repetitions,
+        ratio=ratio,
+        seed=seed,
+        strategies=tuple(strategy or ()),
+        warm_up=warm_up,
+        states=tuple(state or pipeline.STATES),
+    )
     with _engine(context) as engine:
         pipeline.run(engine, options)
 

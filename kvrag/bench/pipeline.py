@@ -1,8 +1,9 @@
 """Loading beside compute: what of a prompt's loading does each strategy hide, from which tier?
 
-One prompt runs with its blocks in memory, on disk with and without the page cache, and half
-and half, all interleaved. Blocks are laid where a run wants them before its clock starts; what
-storage gives at best is measured in the same turns, by plain reads of the same files.
+One prompt runs with its blocks in memory, on disk with and without the page cache, and by halves,
+all interleaved. Blocks are laid where a run wants them before its clock starts; what storage gives
+at best is measured in the same turns, by plain reads of the same files. What the controller foresaw
+is compared with each run, after some that only teach it.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,28 +29,47 @@ from kvrag.passages import passage_chunks
 from kvrag.prefill import Prefilled
 from kvrag.store.block import Block, encode_header
 from kvrag.store.buffers import aligned_buffer
+from kvrag.store.residency import cached_share
 
 __all__ = ["PipelineOptions", "run"]
 
-#: Where the blocks lie: name, share of them in memory, and whether the page cache is dropped.
-STATES = (
-    ("ram", 1.0, False),
-    ("disk, cached", 0.0, False),
-    ("disk, cold", 0.0, True),
-    ("half ram, half cold", 0.5, True),
-)
+#: In memory; on disk and in the page cache; on disk alone.
+Place = Literal["ram", "cached", "cold"]
+#: Where each chunk's block lies, by its index and how many there are.
+STATES: dict[str, Callable[[int, int], Place]] = {
+    "ram": lambda index, count: "ram",
+    "disk, cached": lambda index, count: "cached",
+    "disk, cold": lambda index, count: "cold",
+    "first half ram, then cold": lambda index, count: "ram" if 2 * index < count else "cold",
+    "first half cached, then cold": lambda index, count: "cached" if 2 * index < count else "cold",
+    "by turns cold and cached": lambda index, count: "cached" if index % 2 else "cold",
+}
+#: Pages of freshly written files may resist to be dropped for a moment.
+_DROPS, _DROP_PAUSE_S = 5, 0.05
 _READ_NBYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineOptions:
-    """Chunks a prompt, tokens a chunk, repetitions, and the ratio (None: each strategy's own)."""
+    """Chunks a prompt, tokens a chunk, repetitions, and the ratio (None: each strategy's own).
+
+    strategies: names; none are `reuse`, `cacheblend` and what the settings name. warm_up: turns
+    before the repetitions, from which the controller learns and nothing else is taken. states: some
+    of `STATES`.
+    """
 
     chunks: int = 16
     chunk_tokens: int = 256
     repetitions: int = 5
     ratio: float | None = None
     seed: int = 0
+    strategies: tuple[str, ...] = ()
+    warm_up: int = 1
+    states: tuple[str, ...] = tuple(STATES)
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.states) - set(STATES):
+            raise InputError(f"no such states: {sorted(unknown)}; there are {list(STATES)}")
 
 
 def run(engine: Engine, options: PipelineOptions) -> dict[str, Any]:
@@ -59,16 +79,18 @@ def run(engine: Engine, options: PipelineOptions) -> dict[str, Any]:
         InputError: the memory tier is too small for the blocks of one prompt.
     """
     bench = _Pipeline(engine, options)
-    names = dict.fromkeys(("reuse", "cacheblend", engine.settings.strategy))
-    cases = [(name, *state) for name in names for state in STATES]
-    runs: dict[tuple[str, str], list[_Run]] = {case[:2]: [] for case in cases}
+    names = options.strategies or ("reuse", "cacheblend", engine.settings.strategy)
+    cases = [(name, state) for name in dict.fromkeys(names) for state in options.states]
+    runs: dict[tuple[str, str], list[_Run]] = {case: [] for case in cases}
     storage: list[float] = []
     rng = random.Random(options.seed)
-    for _ in range(options.repetitions):
+    for turn in range(options.warm_up + options.repetitions):
         storage.append(bench.storage_gb_s())
-        for name, state, share, cold in rng.sample(cases, len(cases)):
-            bench.lay(share, cold=cold)
-            runs[name, state].append(bench.run(name))
+        for name, state in rng.sample(cases, len(cases)):
+            bench.lay(state)
+            run = bench.run(name)
+            if turn >= options.warm_up:
+                runs[name, state].append(run)
     rows = [_row(*case, runs[case]) for case in runs]
     result = {
         "benchmark": "pipeline",
@@ -91,6 +113,8 @@ def run(engine: Engine, options: PipelineOptions) -> dict[str, Any]:
         "load ms",
         "stall ms",
         "foreseen ms",
+        "off by",
+        "TTFT off by",
         "hidden",
         "disk GB/s",
     )
@@ -103,6 +127,8 @@ def run(engine: Engine, options: PipelineOptions) -> dict[str, Any]:
             f"{1000 * row['load_s']:.1f}",
             f"{1000 * row['stall_s']:.1f}",
             _milliseconds(row["predicted_stall_s"]),
+            _percent(row["stall_error"]),
+            _percent(row["ttft_error"]),
             f"{row['hidden']:.0%}",
             f"{row['gb_s']['disk']:.2f} GB/s" if "disk" in row["gb_s"] else "",
         )
@@ -139,16 +165,22 @@ class _Pipeline:
                 f"the blocks of {options.chunks} chunks take {needed} bytes, ram_bytes is {limit}"
             )
 
-    def lay(self, share: float, *, cold: bool) -> None:
-        """Every block on disk, and the first ones, a `share` of all, in memory too."""
+    def lay(self, state: str) -> None:
+        """Every block on disk, and where `state` has it too.
+
+        Raises:
+            InputError: the page cache of the engine's home cannot be dropped.
+        """
         store = self._engine.store
         while store.stats().open_blocks:  # the run before still copies blocks to memory
             time.sleep(0.001)
-        near = round(share * len(self.blocks))
-        for index, block in enumerate(self.blocks):
-            store.put(block.header.key, block, durable_only=index >= near)
-        if cold:
-            self._drop_page_cache()
+        places = [STATES[state](index, len(self.blocks)) for index in range(len(self.blocks))]
+        for place, block in zip(places, self.blocks, strict=True):
+            store.put(block.header.key, block, durable_only=place != "ram")
+        files = {path.stem: path for path in self._files()}
+        for place, block in zip(places, self.blocks, strict=True):
+            if place == "cold":
+                _drop(files[block.header.key.digest])
 
     def run(self, strategy: str) -> _Run:
         begun = time.perf_counter()
@@ -162,7 +194,7 @@ class _Pipeline:
 
     def storage_gb_s(self) -> float:
         """What as many plain reads at a time get from the same files without the page cache."""
-        self.lay(0.0, cold=True)
+        self.lay("disk, cold")
         begun = time.perf_counter()
         with ThreadPoolExecutor(WIDTH) as pool:
             nbytes = sum(pool.map(_read_whole, self._files()))
@@ -187,12 +219,6 @@ class _Pipeline:
     def _files(self) -> list[Path]:
         return sorted((self._engine.settings.home / "kv").rglob("*.kv"))
 
-    def _drop_page_cache(self) -> None:
-        for path in self._files():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
 
 def _row(strategy: str, blocks: str, runs: Sequence[_Run]) -> dict[str, Any]:
     ttft = [one.ttft_s for one in runs]
@@ -207,6 +233,8 @@ def _row(strategy: str, blocks: str, runs: Sequence[_Run]) -> dict[str, Any]:
         "stall_s": median([one.stall_s for one in filled]),
         "predicted_stall_s": _foreseen([one.control.predicted_stall_s for one in filled]),
         "predicted_ttft_s": _foreseen([one.control.predicted_ttft_s for one in filled]),
+        "stall_error": _error((one.control.predicted_stall_s, one.stall_s) for one in filled),
+        "ttft_error": _error((one.prefilled.control.predicted_ttft_s, one.ttft_s) for one in runs),
         "hidden": median([_hidden(one) for one in filled]),
         "gb_s": {tier: median(_gb_s(tier, filled)) for tier in tiers},
         "effective_ratio": median([one.effective_ratio for one in filled]),
@@ -217,6 +245,15 @@ def _foreseen(seconds: Sequence[float | None]) -> float | None:
     """The median of what the controller foresaw; None while it had measured too little."""
     known = [one for one in seconds if one is not None]
     return median(known) if known else None
+
+
+def _error(pairs: Iterable[tuple[float | None, float]]) -> float | None:
+    """The median of |foreseen - measured| / measured."""
+    return _foreseen([None if a is None or not b else abs(a - b) / b for a, b in pairs])
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
 
 
 def _milliseconds(seconds: float | None) -> str:
@@ -231,6 +268,19 @@ def _hidden(filled: Prefilled) -> float:
 def _gb_s(tier: str, filled: Sequence[Prefilled]) -> list[float]:
     reads = [one.measured[tier] for one in filled if tier in one.measured]
     return [read.nbytes / read.seconds / 1e9 for read in reads]
+
+
+def _drop(path: Path) -> None:
+    """Take a file out of the page cache, and make sure of that where it can be told."""
+    with path.open("rb") as file:
+        descriptor = file.fileno()
+        for _ in range(_DROPS):
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            if not cached_share(descriptor, 0, os.fstat(descriptor).st_size):
+                return
+            time.sleep(_DROP_PAUSE_S)
+    raise InputError(f"{path} stays in the page cache; give a TMPDIR on a disk")
 
 
 def _read_whole(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from kvrag import Engine, Settings
 from kvrag.bench import pipeline
 from kvrag.errors import InputError
+from kvrag.store.residency import cached_share
 from tests.tiny import make_tiny_model
 
 OPTIONS = pipeline.PipelineOptions(chunks=4, chunk_tokens=24, repetitions=2)
@@ -24,22 +26,25 @@ def open_engine(folder, home, **settings):
 
 
 def test_every_strategy_from_every_place(folder, tmp_path, capsys):
-    with open_engine(folder, tmp_path / "home", strategy="full") as engine:
-        result = pipeline.run(engine, OPTIONS)
+    options = dataclasses.replace(OPTIONS, strategies=("reuse", "cacheblend", "full"))
+    with open_engine(folder, tmp_path / "home") as engine:
+        result = pipeline.run(engine, options)
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {name: last[name] for name in result} == result
     rows = {(row["strategy"], row["blocks"]): row for row in result["rows"]}
-    states = [state for state, _, _ in pipeline.STATES]
+    states = list(pipeline.STATES)
     assert list(rows) == [(s, state) for s in ("reuse", "cacheblend", "full") for state in states]
-    tiers = {"ram": {"ram"}, "disk, cached": {"disk"}, "disk, cold": {"disk"}}
+    tiers = {"ram": {"ram"}, "first half ram, then cold": {"ram", "disk"}}
     for (strategy, state), row in rows.items():
-        wanted = set() if strategy == "full" else tiers.get(state, {"ram", "disk"})
+        wanted = set() if strategy == "full" else tiers.get(state, {"disk"})
         assert set(row["gb_s"]) == wanted
         assert 0 <= row["hidden"] <= 1
         assert row["ttft_s"] > 0
-        # The first run of a kind has nothing to go by; one repetition has no second.
-        assert row["predicted_stall_s"] is None or row["predicted_stall_s"] >= 0
-    assert any(row["predicted_ttft_s"] for row in rows.values())
+        # The warm-up has shown what each kind needs.
+        assert row["predicted_stall_s"] >= 0
+        assert row["predicted_ttft_s"] > 0
+        assert row["ttft_error"] >= 0
+        assert row["stall_error"] >= 0
     assert result["context_tokens"] == 96
     assert result["storage_gb_s"] > 0
 
@@ -47,10 +52,20 @@ def test_every_strategy_from_every_place(folder, tmp_path, capsys):
 def test_blocks_lie_where_they_are_laid(folder, tmp_path):
     with open_engine(folder, tmp_path / "home") as engine:
         bench = pipeline._Pipeline(engine, OPTIONS)
-        for share, near in ((0.0, 0), (0.5, 2), (1.0, 4), (0.0, 0)):
-            bench.lay(share, cold=False)
+        paths = {path.stem: path for path in bench._files()}
+        for state, place in pipeline.STATES.items():
+            bench.lay(state)
+            for index, block in enumerate(bench.blocks):
+                with paths[block.header.key.digest].open("rb") as file:
+                    share = cached_share(file.fileno(), 0, block.nbytes)
+                assert share in {None, 0.0 if place(index, 4) == "cold" else 1.0}
             tiers = bench.run("reuse").prefilled.tiers
-            assert tiers == ("ram",) * near + ("disk",) * (4 - near)
+            assert tiers == tuple("ram" if place(i, 4) == "ram" else "disk" for i in range(4))
+
+
+def test_an_unknown_place_is_refused():
+    with pytest.raises(InputError, match="tape"):
+        pipeline.PipelineOptions(states=("tape",))
 
 
 def test_memory_that_cannot_hold_the_blocks_is_refused(folder, tmp_path):
