@@ -438,6 +438,15 @@ def test_stalls_are_foreseen_whatever_the_page_cache_holds(name, beside):
     assert max(errors) < 0.5
 
 
+def test_chunks_in_the_page_cache_that_were_never_seen_alone_cost_no_more_than_cold_ones():
+    """They were taken to be as slow as the cold, whose rate had been found with them beside it."""
+    machine = trained(bytes_per_s=2e7)
+    for _ in range(8):
+        decision, seen = machine.ask(2048, CACHEBLEND, adapt=False, cached_chunks=4)
+    assert seen.stall_s > 0.2
+    assert decision.predicted_stall_s == pytest.approx(seen.stall_s, rel=0.1)
+
+
 def test_a_long_time_in_the_page_cache_does_not_make_the_disk_faster():
     machine = trained(bytes_per_s=2e7)
     for _ in range(3):

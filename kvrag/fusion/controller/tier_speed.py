@@ -66,20 +66,21 @@ class TierSpeed:
         )
 
     def seconds(self, needed: Needed) -> float | None:
-        """Until so much has come to who waits for it; None where nothing was measured that tells.
+        """Until so much has come to who waits for it; None where nothing was measured.
 
-        What was never seen of one kind, cold or cached, is taken to be as fast as the other.
+        What must be waited for and was never seen is taken to be as fast as what was cached.
         """
+        if not self._cold.nbytes + self._cached.nbytes:
+            return None
         cold = self._cold if self._cold.nbytes else self._cached
-        cached = self._cached if self._cached.nbytes else self._cold
         parts = (
             cold.first_s(needed.first._replace(cached=0)),
             cold.rest_s(needed.rest._replace(cached=0)),
-            cached.first_s(_cached(needed.first)),
-            cached.rest_s(_cached(needed.rest)),
+            # Never seen alone, it is part of what its cold neighbours were found to take.
+            self._cached.first_s(_cached(needed.first)),
+            self._cached.rest_s(_cached(needed.rest)),
         )
-        known = [part for part in parts if part is not None]
-        return sum(known) if len(known) == len(parts) else None
+        return sum(part for part in parts if part is not None)
 
     def beside(self, needed: Needed) -> float:
         """The share of its speed that it keeps beside computing, 0 to 1."""
