@@ -358,7 +358,10 @@ class Controller:
         found = forecast(
             plan, first_s=0.0, computing=_seconds(self._blend), loading=loading, beside=beside
         )
-        load_s = max(loading(*part) for part in plan.needed.items())
+        if given is None:
+            load_s = max(self._loading(*part) for part in plan.needed.items())
+        else:
+            load_s = nbytes / given
         return TierCheck(
             name=tier.name,
             price=tier.price,
