@@ -117,7 +117,7 @@ class Tier(ABC):
         """The share of a block that a read finds in memory though the tier is slower than that.
 
         From 0 to 1; None, which the default is, if there is no such thing or it cannot be told. A
-        cheap estimate for forecasts, in some 20 us: it reads nothing and never raises. `header`:
+        cheap estimate for forecasts, in tens of us: it reads nothing and never raises. `header`:
         the block's.
         """
         return None
