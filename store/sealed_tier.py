@@ -125,6 +125,9 @@ class SealedTier(Tier):
     def touch(self, key: BlockKey) -> None:
         self._tier.touch(key)
 
+    def cached_share(self, header: BlockHeader) -> float | None:
+        return self._tier.cached_share(header)
+
     def close(self) -> None:
         with self._lock:
             self._recent.clear()

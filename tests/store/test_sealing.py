@@ -24,6 +24,7 @@ from kvrag.store.header_bytes import used_nbytes
 from kvrag.store.ram import RamTier
 from kvrag.store.sealed_tier import SealedTier
 from kvrag.store.sealing import Sealer, is_sealed
+from kvrag.store.tier import Tier
 from kvrag.store.tiered import TieredStore, TierSlot
 
 from .contract import TierContract
@@ -383,3 +384,10 @@ def test_segments_of_other_lengths_than_were_sealed_are_damage():
     sealed = SEALER.seal(longer)
     with pytest.raises(BlockFormatError, match="as long as"):
         opened(forged(sealed, segments=[view[:40] for view in sealed.segments]))
+
+
+def test_every_method_of_a_tier_is_passed_on():
+    """One with a default would otherwise answer for a tier that knows better."""
+    methods = {name for name, value in vars(Tier).items() if callable(value) and name[0] != "_"}
+    assert "cached_share" in methods
+    assert methods <= set(vars(SealedTier))
