@@ -572,8 +572,8 @@ class ThrottledDisk(DiskTier):
 
     bytes_per_s = 1e9
 
-    def __init__(self, root):
-        super().__init__(root)
+    def __init__(self, root, **options):
+        super().__init__(root, **options)
         self._head = threading.Lock()
 
     def segments(self, key, first, last):
