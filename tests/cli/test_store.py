@@ -100,7 +100,8 @@ def test_gc(kvrag, home):
     os.utime(old, (then, then))
     half = old.with_name(f".{'0' * 64}.dead.tmp")
     half.write_bytes(b"half")
-    aside = home / "kv" / "quarantine" / "1.x.kv"
+    aside = home / "kv" / "quarantine" / f"{1:020d}.{'a' * 32}.{'0' * 64}.kv"
+    aside.parent.mkdir()
     aside.write_bytes(b"damaged")
     told = kvrag("store", "gc", "--dry-run", "--json").json
     size = make_block("old").nbytes
