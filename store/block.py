@@ -151,7 +151,8 @@ def verify_segment(header: BlockHeader, index: int, buffer: Buffer) -> None:
         )
     if xxhash.xxh3_64_intdigest(view) != segment.checksum:
         raise BlockFormatError(f"the checksum of segment {index} does not match")
-    if view[segment.length :] != _ZEROS[: len(view) - segment.length]:
+    # Bytes, since a view compares number by number.
+    if bytes(view[segment.length :]) != _ZEROS[: len(view) - segment.length]:
         raise BlockFormatError(f"the padding of segment {index} is not zero")
 
 

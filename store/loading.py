@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .block import Block, BlockHeader, encode_header, verify_segment
 from .errors import BlockFormatError, DamagedBlockError, StoreError, TierError
+from .resident import InMemory, Resident
 from .sealing import is_sealed
 
 if TYPE_CHECKING:
@@ -155,6 +156,27 @@ class Loading:
             admit = self._admission() if nbytes and not self._missing else None
             segments = [view for view in self._held[first:last] if view is not None]
             return Fetched(segments, self.tier, nbytes, admit)
+
+    def resident(self) -> Resident | None:
+        """The block where it lies in this process's memory, if that is the fastest tier's.
+
+        What is wrong there is for `fetch` to judge: who finds a segment damaged asks for that.
+        """
+        slot, header = self._slot, self.header
+        if slot is None or slot is not self._placement.slots[0]:
+            return None
+        tier = slot.tier
+        if slot.durable or not isinstance(tier, InMemory):
+            return None
+        try:
+            with slot.asked("read"):
+                data = tier.span(self.expected.key, 0, len(header.segments))
+        except (TierError, BlockFormatError):
+            return None
+        # Another version may lie there by now.
+        if data is None or len(data) != header.nbytes - header.header_nbytes:
+            return None
+        return Resident(header, slot.name, data, lambda nbytes: slot.count(bytes_read=nbytes))
 
     def release(self) -> None:
         """The last handle is closed."""

@@ -23,7 +23,8 @@ __all__ = ["RamTier"]
 @dataclass(frozen=True, slots=True)
 class _Held:
     data: memoryview  # the whole encoded block, read-only
-    header: BlockHeader | None = None  # to find segments by; `header()` decodes the bytes anew
+    header: BlockHeader | None = None  # to find segments by
+    header_bytes: bytes = b""  # a copy of what it was encoded to
 
 
 class RamTier(Tier):
@@ -48,7 +49,12 @@ class RamTier(Tier):
 
     def header(self, key: BlockKey) -> BlockHeader | None:
         held = self._find(key)
-        return None if held is None else self._decode(key, held)
+        if held is None:
+            return None
+        encoded = held.header_bytes
+        if held.header is not None and bytes(held.data[: len(encoded)]) == encoded:
+            return held.header  # a header has one encoding: decoding would give this one
+        return self._decode(key, held)
 
     def segments(self, key: BlockKey, first: int, last: int) -> list[memoryview] | None:
         held = self._find(key)
@@ -57,6 +63,14 @@ class RamTier(Tier):
         header = held.header or self._decode(key, held)
         start, end = segment_range(header, first, last)
         return split_segments(header, first, last, held.data[start:end])
+
+    def span(self, key: BlockKey, first: int, last: int) -> memoryview | None:
+        """See `InMemory`."""
+        held = self._find(key)
+        if held is None:
+            return None
+        start, end = segment_range(held.header or self._decode(key, held), first, last)
+        return held.data[start:end]
 
     def put(self, key: BlockKey, block: Block) -> None:
         check_key(key, block)
@@ -68,7 +82,7 @@ class RamTier(Tier):
         with self._lock:
             self._check_open_locked()
             self._remove_locked(key)
-            self._held[key] = _Held(data.toreadonly(), block.header)
+            self._held[key] = _Held(data.toreadonly(), block.header, block.header_bytes)
             self._nbytes += block.nbytes
 
     def delete(self, key: BlockKey) -> bool:

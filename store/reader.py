@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from .header import BlockHeader
     from .loading import Fetched, Loading
+    from .resident import Resident
 
 __all__ = ["BlockReader"]
 
@@ -50,6 +51,17 @@ class BlockReader:
     def cached_share(self) -> float | None:
         """See `Tier.cached_share`. As it was when it was asked first: reading makes it higher."""
         return self._loading.cached_share()
+
+    def resident(self) -> Resident | None:
+        """The block where it lies in this process's memory, unverified; None where it does not.
+
+        It may be used as long as the handle is open. Where a segment turns out damaged, `fetch`
+        sees to that and finds another copy, if there is one. Raises `StoreError` after `close`.
+        """
+        with self._lock:
+            if not self._open:
+                raise StoreError("the reader is closed")
+        return self._loading.resident()
 
     def read(self, first: int, last: int) -> list[memoryview]:
         """Segments `first` up to, not including, `last`: read-only, padded, verified.

@@ -5,14 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import UnknownCodecError
-from .base import Codec, Unpack
+from .base import Codec, InPlace, Unpack
 from .grouped import GroupedCodec
 from .raw import RawCodec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Codec", "GroupedCodec", "RawCodec", "Unpack", "codec", "codec_names"]
+__all__ = [
+    "Codec",
+    "GroupedCodec",
+    "InPlace",
+    "RawCodec",
+    "Unpack",
+    "codec",
+    "codec_names",
+]
 
 
 def codec_names() -> tuple[str, ...]:

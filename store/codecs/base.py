@@ -5,15 +5,17 @@ A codec knows tensors and one layer. It does not know keys, files, checksums or 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from typing_extensions import Buffer
 
     from ..header import BlockHeader
 
-__all__ = ["Codec", "Unpack"]
+__all__ = ["Codec", "InPlace", "Unpack"]
 
 
 class Codec(Protocol):
@@ -72,5 +74,20 @@ class Unpack(Protocol):
             layer: uint8 (n,), a segment as `grouped` describes it, or more than that.
             k, v: bfloat16 or float32 (kv_heads, tokens, head_dim), contiguous.
             bits: 4 or 8. groups: of tokens, that share K's scales. parts: of a row of V.
+        """
+        ...
+
+
+@runtime_checkable
+class InPlace(Protocol):
+    """What a codec can do beside `Codec` whose segments are the tensors themselves."""
+
+    def layers(
+        self, buffer: Buffer, header: BlockHeader
+    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None:
+        """K and V, (kv_heads, tokens, head_dim) of each layer, over the memory of `buffer`.
+
+        `buffer` is all segments in one piece, padding included, which need not be verified yet:
+        nothing is read. None where they do not fit the header. Read-only by contract.
         """
         ...

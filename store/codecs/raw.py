@@ -10,6 +10,8 @@ import torch
 from .memory import check_length, check_pair, dtype_of, joined, tensor_over
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Buffer
 
     from ..header import BlockHeader
@@ -50,4 +52,26 @@ class RawCodec:
         check_length(len(whole), end)
         k = whole[:k_nbytes].view(dtype).view(k_shape)
         v = whole[k_nbytes:end].view(dtype).view(v_shape)
+        return k, v
+
+    def layers(
+        self, buffer: Buffer, header: BlockHeader
+    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None:
+        """See `InPlace`."""
+        dtype, segments = _DTYPES.get(header.dtype), header.segments
+        if dtype is None:
+            return None
+        apart, rest = divmod(segments[0].padded_nbytes, dtype.itemsize)
+        shapes = header.k_shape[1:], header.v_shape[1:]
+        sizes = [math.prod(shape) for shape in shapes]
+        whole = tensor_over(buffer)
+        if (
+            rest
+            or {segment.length for segment in segments} != {sum(sizes) * dtype.itemsize}
+            or len(whole) != len(segments) * segments[0].padded_nbytes
+        ):
+            return None
+        rows = whole.view(dtype).view(len(segments), apart)
+        parts = rows[:, : sizes[0]], rows[:, sizes[0] : sum(sizes)]
+        k, v = (part.view(-1, *shape).unbind() for part, shape in zip(parts, shapes, strict=True))
         return k, v

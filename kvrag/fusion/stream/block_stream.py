@@ -1,8 +1,9 @@
 """The layer stream over the store: groups of layers, several chunks at a time, a bounded way ahead.
 
-A chunk comes from an open block of the store or from layers in memory. Chunks are read side by
-side, each from its tier, first layers first. A block that cannot be read on is computed anew,
-alone, by the thread that asks for the layer; the other chunks go on as they were.
+A chunk comes from an open block of the store or from layers that were computed. Chunks are read
+side by side, each from its tier, first layers first; those that lie in memory as they are used are
+verified when their layer is asked for, by the thread that asks. A block that cannot be read on is
+computed anew, alone, by that thread; the other chunks go on as they were.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import torch
 from kvrag.fusion.stream.chunk_reads import ChunkReads, LayerKV
 from kvrag.fusion.stream.io_threads import WIDTH, IoThreads, io_threads
 from kvrag.fusion.stream.read_times import Read, ReadTimes, TierRead
+from kvrag.fusion.stream.resident_chunk import ResidentChunk
 from kvrag.store.codecs import Codec
-from kvrag.store.errors import StoreError
+from kvrag.store.errors import BlockFormatError, StoreError
 from kvrag.store.header import BlockHeader
 from kvrag.store.tiered import BlockReader
 
@@ -55,8 +57,9 @@ class BlockStream:
         threads: where reading runs; default: the process's, four threads a tier.
         cancelled: asked while `next_layer` waits, which raises `LoadingCancelled` when it is true.
 
-    Loading begins at once. `stall_s` is how long the caller waited, in seconds; reading the first
-    layer of what lies in memory, which its thread does, is part of that.
+    Loading begins at once. `stall_s` is how long the caller waited, in seconds. Verifying what lies
+    in memory, which its own thread does, is computing; where that must be decoded, reading its
+    first layer is part of the wait.
     """
 
     def __init__(
@@ -73,11 +76,19 @@ class BlockStream:
         self._cancelled = cancelled
         self._codec, self._recompute, self._first_chunks = codec, recompute, first_chunks
         self._count = len(readers)
-        self._chunks = {
-            chunk: ChunkReads(reader, [i for i, first in enumerate(first_chunks) if first <= chunk])
-            for chunk, reader in enumerate(readers)
-            if reader is not None
-        }
+        self._chunks: dict[int, ChunkReads] = {}
+        self._resident: dict[int, ResidentChunk] = {}
+        for chunk, reader in enumerate(readers):
+            if reader is None:
+                continue
+            wanted = self._wanting(chunk)
+            resident = ResidentChunk.of(reader, codec, wanted) if wanted else None
+            if resident is not None:
+                self._resident[chunk] = resident
+            else:
+                self._chunks[chunk] = ChunkReads(reader, wanted)
+        # Those of the next layer.
+        self._verified: dict[int, LayerKV] = {}
         self._memory: dict[int, Sequence[LayerKV]] = {}
         layer_nbytes = sum(_layer_nbytes(chunk.reader.header) for chunk in self._chunks.values())
         self._ahead = max(1, ahead_bytes // max(1, layer_nbytes))
@@ -114,7 +125,8 @@ class BlockStream:
     @property
     def holes(self) -> list[int]:
         """Chunks that have no block and were not computed yet."""
-        return [i for i in range(self._count) if i not in self._chunks and i not in self._memory]
+        there = self._chunks.keys() | self._resident.keys() | self._memory.keys()
+        return [i for i in range(self._count) if i not in there]
 
     @property
     def load_s(self) -> float:
@@ -139,6 +151,7 @@ class BlockStream:
         index = self._next
         if self._closed or index >= len(self._first_chunks):
             raise RuntimeError(f"layer {index} asked of a stream that is closed or at its end")
+        self._verify(index)
         while (layer := self._layer()) is None:
             for chunk in self._lost():
                 self.compute(chunk)
@@ -156,11 +169,15 @@ class BlockStream:
             self._closed = True
             for chunk in self._chunks.values():
                 chunk.drop()
+            residents = list(self._resident.values())
+            self._resident.clear()
             self._changed.notify_all()
         with ExitStack() as each:  # also those behind one that fails
             each.callback(self._threads.leave)
             for chunk in self._chunks.values():
                 each.callback(chunk.reader.close)
+            for resident in residents:
+                each.callback(resident.close)
 
     # ---- the next layer --------------------------------------------------------------------------
 
@@ -196,6 +213,7 @@ class BlockStream:
             chunk
             for chunk in self._wanted()
             if chunk not in self._memory
+            and chunk not in self._verified
             and not (chunk in self._chunks and self._chunks[chunk].has(self._next))
         ]
 
@@ -214,7 +232,43 @@ class BlockStream:
     def _take(self, chunk: int) -> LayerKV:
         if chunk in self._memory:
             return self._memory[chunk][self._next]
+        if chunk in self._verified:
+            return self._verified.pop(chunk)
         return self._chunks[chunk].take(self._next)
+
+    # ---- what lies in memory ---------------------------------------------------------------------
+
+    def _wanting(self, chunk: int, start: int = 0) -> list[int]:
+        """The layers from `start` on in which a chunk is wanted."""
+        firsts = self._first_chunks
+        return [layer for layer in range(start, len(firsts)) if firsts[layer] <= chunk]
+
+    def _verify(self, layer: int) -> None:
+        """Check a layer of what lies in memory; what is damaged is read like from any tier."""
+        if not self._resident:
+            return
+        begun, tier, nbytes = time.perf_counter(), "", 0
+        damaged: list[int] = []
+        for chunk, resident in list(self._resident.items()):
+            if chunk < self._first_chunks[layer]:
+                continue
+            try:
+                self._verified[chunk], read = resident.verified(layer)
+            except BlockFormatError:
+                damaged.append(chunk)
+                continue
+            tier, nbytes = resident.tier, nbytes + read
+            if layer == resident.last:
+                resident.close()
+        with self._changed:
+            self._times.add(Read(tier, nbytes, begun, time.perf_counter()))
+            for chunk in damaged:
+                if self._closed:
+                    break
+                resident = self._resident.pop(chunk)
+                self._chunks[chunk] = ChunkReads(resident.reader, self._wanting(chunk, layer))
+        if damaged:
+            self._read_on()
 
     # ---- reading ---------------------------------------------------------------------------------
 

@@ -1,0 +1,61 @@
+"""A block that lies in the memory of this process, for who uses its segments where they lie.
+
+Reading memory is computing: it needs no thread and no copy, but each segment is verified here
+before it is used, like one from any other tier.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from .block import verify_segment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .header import BlockHeader
+    from .keys import BlockKey
+
+__all__ = ["InMemory", "Resident"]
+
+
+@runtime_checkable
+class InMemory(Protocol):
+    """What a tier can do beside `Tier` whose blocks lie in the memory of this process."""
+
+    def span(self, key: BlockKey, first: int, last: int) -> memoryview | None:
+        """The segments `first` … `last - 1` in one piece, padding included, read-only.
+
+        They are not verified, and do not change, whatever happens to the block. None, and errors,
+        as `Tier.segments`.
+        """
+        ...
+
+
+class Resident:
+    """A block's segments in memory. Not thread-safe. `close` it when nothing more is verified.
+
+    `data` holds all of them, unverified: `verify` a segment each time before it is used.
+    `tier`: name of the tier that holds them.
+    """
+
+    def __init__(
+        self, header: BlockHeader, tier: str, data: memoryview, closed: Callable[[int], None]
+    ) -> None:
+        """`closed` is told once how many bytes were verified."""
+        self.header, self.tier, self.data = header, tier, data
+        self._closed, self._nbytes, self._open = closed, 0, True
+
+    def verify(self, index: int) -> int:
+        """Check one segment; its bytes, padding included. Raises `BlockFormatError`."""
+        segment, start = self.header.segments[index], self.header.header_nbytes
+        view = self.data[segment.offset - start : segment.end - start]
+        verify_segment(self.header, index, view)
+        self._nbytes += len(view)
+        return len(view)
+
+    def close(self) -> None:
+        """Count what was read. A second call does nothing."""
+        if self._open:
+            self._open = False
+            self._closed(self._nbytes)
