@@ -11,6 +11,7 @@ from .library import load
 from .memory import empty_huge
 from .operations import Int8Weights, Native
 from .panels import Panels
+from .row_layer import RowLayer
 from .unpack import NativeUnpack
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Panels",
     "PlacedChunk",
     "Product",
+    "RowLayer",
     "empty_huge",
     "load",
     "put_chunks",

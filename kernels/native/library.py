@@ -20,7 +20,7 @@ __all__ = ["load"]
 _logger = logging.getLogger(__name__)
 
 _ROTATE = (c_void_p, *[c_int64] * 5, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p,
-           c_int64, c_int64, c_int)  # fmt: skip
+           c_int64, c_int64, c_int, c_int)  # fmt: skip
 _GEMV = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int)
 _GEMM = (c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int)
 _GATED = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int)
@@ -29,6 +29,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "rotate_into_f32": _ROTATE,
     "rotate_into_bf16": _ROTATE,
     "rotate_into_f16": _ROTATE,
+    "bounds": (c_void_p, c_int64, c_void_p),
     "put_chunks": (c_void_p, *[c_int64] * 3, c_void_p, c_void_p, c_int64,
                    *[c_void_p, c_int64, c_int64] * 2, c_int),
     "rms_norm": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_float, c_void_p, c_int64, c_int),
@@ -45,6 +46,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "gemm_f16": _GEMM,
     "unpack_f32": _UNPACK,
     "unpack_bf16": _UNPACK,
+    "project_rows": (c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int),
+    "finish_rows": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int),
     "layers": (*[c_void_p] * 5, c_int64, c_int64, c_void_p, c_int),
 }  # fmt: skip
 

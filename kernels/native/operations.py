@@ -187,12 +187,31 @@ class Native:
 
         `out` may be the memory of `x` where both have the same layout and position.
         """
+        _check_in_place("out", out, 3)
+        self._rotate(x, cos, sin, out, positions, packed=False)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, positions: slice | Tensor) -> Tensor:
+        """`x` (heads, n, dim) turned to its positions: a new float32 tensor. See `rotate_into`."""
+        out = torch.empty(x.shape)
+        self._rotate(x, cos, sin, out, positions, packed=True)
+        return out
+
+    def _rotate(
+        self,
+        x: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        out: Tensor,
+        positions: slice | Tensor,
+        *,
+        packed: bool,
+    ) -> None:
         if x.dtype not in _SUFFIXES or x.device.type != "cpu" or x.ndim != 3:
             raise ValueError(f"cannot rotate {x.dtype} {tuple(x.shape)} on {x.device}")
-        _check_in_place("out", out, 3)
         x = _rows(x)
         heads, n, dim = x.shape
-        at, start, end = _placed(positions, out.shape[1])
+        reach = cos.shape[0] if packed and cos is not None else out.shape[1]
+        at, start, end = self._placed(positions, reach)
         if (out.shape[0], out.shape[2]) != (heads, dim) or (n if at is None else at.shape[0]) != n:
             raise ValueError(f"x {tuple(x.shape)} does not fit into out {tuple(out.shape)}")
         if at is None and end - start != n:
@@ -214,8 +233,28 @@ class Native:
         getattr(self.library, f"rotate_into_{_SUFFIXES[x.dtype]}")(
             x.data_ptr(), heads, n, dim, x.stride(0), x.stride(1), *tables, rotary,
             None if at is None else at.data_ptr(), start,
-            out.data_ptr(), out.stride(0), out.stride(1), threads_for(x.numel()),
+            out.data_ptr(), out.stride(0), out.stride(1), packed, threads_for(x.numel()),
         )  # fmt: skip
+
+    def _placed(self, positions: slice | Tensor, reach: int) -> tuple[Tensor | None, int, int]:
+        """(positions or None, the first, one behind the last), all below `reach`."""
+        if isinstance(positions, slice):
+            start, end, step = positions.indices(reach)
+            if step != 1:
+                raise ValueError(f"positions {positions!r} must have no step")
+            return None, start, max(start, end)
+        if positions.dtype is not torch.int64 or positions.ndim != 1 or not positions.is_cpu:
+            raise ValueError(
+                f"positions must be int64 (n,), got {positions.dtype} {positions.shape}"
+            )
+        if positions.shape[0] == 0:
+            return positions, 0, 0
+        at, found = positions.contiguous(), (ctypes.c_int64 * 2)()
+        self.library.bounds(at.data_ptr(), at.shape[0], ctypes.addressof(found))
+        low, high = found
+        if low < 0 or high >= reach:
+            raise ValueError(f"positions {low} .. {high} are not within 0 .. {reach - 1}")
+        return at, low, high + 1
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `RmsNorm`; `x` and `weight` are float32."""
@@ -381,21 +420,3 @@ def _rows(tensor: Tensor) -> Tensor:
     if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
         return tensor
     return tensor.contiguous()
-
-
-def _placed(positions: slice | Tensor, capacity: int) -> tuple[Tensor | None, int, int]:
-    """(positions or None, the first, one behind the last), within the capacity."""
-    if isinstance(positions, slice):
-        start, end, step = positions.indices(capacity)
-        if step != 1:
-            raise ValueError(f"positions {positions!r} must have no step")
-        return None, start, max(start, end)
-    if positions.dtype is not torch.int64 or positions.ndim != 1:
-        raise ValueError(f"positions must be int64 (n,), got {positions.dtype} {positions.shape}")
-    if positions.shape[0] == 0:
-        return positions, 0, 0
-    at = positions.contiguous()
-    low, high = int(at.min()), int(at.max())
-    if low < 0 or high >= capacity:
-        raise ValueError(f"positions {low} .. {high} are not within 0 .. {capacity - 1}")
-    return at, low, high + 1

@@ -33,29 +33,39 @@ class Panels:
                 "panels are made of (out, in) in bfloat16 or float16 on the CPU, not of "
                 f"{weight.dtype} {tuple(weight.shape)} on {weight.device}"
             )
-        self._outputs, self._inputs = weight.shape
-        if bias is not None and (bias.shape != (self._outputs,) or bias.dtype != torch.float32):
+        self.outputs, self.inputs = weight.shape
+        self.dtype = weight.dtype
+        if bias is not None and (bias.shape != (self.outputs,) or bias.dtype != torch.float32):
             raise ValueError(
-                f"bias must be float32 ({self._outputs},), got {bias.dtype} {tuple(bias.shape)}"
+                f"bias must be float32 ({self.outputs},), got {bias.dtype} {tuple(bias.shape)}"
             )
         self._bias = None if bias is None else bias.contiguous()
         self._gemm = getattr(native.library, _FUNCTIONS[weight.dtype])
         width = ctypes.c_int64.in_dll(native.library, "gemm_panel").value
         self._panels = _packed(weight, width)
 
+    @property
+    def address(self) -> int:
+        """Of the packed weights, which live as long as this."""
+        return self._panels.data_ptr()
+
+    @property
+    def bias_address(self) -> int | None:
+        return None if self._bias is None else self._bias.data_ptr()
+
     def __call__(self, x: Tensor) -> Tensor:
         """Raises ValueError: `x` is not float32 (n, in) on the CPU."""
-        if x.dtype != torch.float32 or x.ndim != 2 or x.shape[1] != self._inputs or not x.is_cpu:
+        if x.dtype != torch.float32 or x.ndim != 2 or x.shape[1] != self.inputs or not x.is_cpu:
             raise ValueError(
-                f"x must be float32 (n, {self._inputs}) on the CPU, got {x.dtype} "
+                f"x must be float32 (n, {self.inputs}) on the CPU, got {x.dtype} "
                 f"{tuple(x.shape)} on {x.device}"
             )
         x = x if x.stride(1) == 1 else x.contiguous()
         n = x.shape[0]
-        out = torch.empty(n, self._outputs)
+        out = torch.empty(n, self.outputs)
         if out.numel():
             self._gemm(
-                x.data_ptr(), n, x.stride(0), self._panels.data_ptr(), self._inputs, self._outputs,
+                x.data_ptr(), n, x.stride(0), self._panels.data_ptr(), self.inputs, self.outputs,
                 None if self._bias is None else self._bias.data_ptr(), out.data_ptr(),
                 threads_for(self._panels.numel()),
             )  # fmt: skip

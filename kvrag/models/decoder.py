@@ -27,7 +27,12 @@ from kvrag.kernels.linear import OneRow, row_major
 from kvrag.kernels.native import Int8Weights, LayerParts, NativeLayers
 from kvrag.models.config import LayerConfig, ModelConfig
 from kvrag.models.layer import Layer
-from kvrag.models.native_steps import int8_or_stored, layer_parts, native_layers
+from kvrag.models.native_steps import (
+    int8_or_stored,
+    layer_parts,
+    native_layers,
+    row_layer,
+)
 from kvrag.models.projection import Projection, projection
 from kvrag.models.rope import Rope
 from kvrag.models.rope_config import RopeConfig
@@ -103,7 +108,8 @@ class Decoder:
                 name: linear(p.weight, p.bias, self.compute_dtype, native)
                 for name, p in projections.items()
             }
-            self.layers.append(Layer(index, config, rope, norms, full, self.kernels))
+            rows = None if native is None else row_layer(native, config, norms, full)
+            self.layers.append(Layer(index, config, rope, norms, full, self.kernels, rows))
             if native is not None:
                 table = None if layer.rope is None else list(ropes).index(layer.rope)
                 native_parts.append(

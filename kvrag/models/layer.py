@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvrag.kernels import Activation, Kernels, Linear
-from kvrag.kernels.native import PlacedChunk, put_chunks
+from kvrag.kernels.native import PlacedChunk, RowLayer, put_chunks
 from kvrag.models.config import ModelConfig
 from kvrag.models.rope import Rope
 
@@ -24,7 +24,8 @@ KERNEL_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh"
 class Layer:
     """One transformer block over rows (n, hidden_size) of the compute dtype.
 
-    `norms` holds the weights of the norms that the family has, `linears` the four products.
+    `norms` holds the weights of the norms that the family has, `linears` the four products, `rows`
+    both in native code, where there is any.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class Layer:
         norms: Mapping[str, Tensor],
         linears: Mapping[str, Linear],
         kernels: Kernels,
+        rows: RowLayer | None = None,
     ) -> None:
         self.index = index
         self.window = config.layers[index].window
         self._rope = rope
         self._config = config
         self._norms, self._linears, self._kernels = norms, linears, kernels
+        self._rows = rows
         self._activation = KERNEL_ACTIVATIONS[config.activation]
         self._splits = [
             config.num_heads * config.head_dim,
@@ -50,6 +53,11 @@ class Layer:
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Q (heads, n, head_dim), K and V (kv_heads, n, head_dim), after q/k-norm, un-rotated."""
+        if self._rows is not None:
+            n, dim = x.shape[0], self._config.head_dim
+            by_head = self._rows.project(x).view(n, -1, dim).transpose(0, 1)
+            q, k, v = torch.split(by_head, [size // dim for size in self._splits])
+            return q, k, v
         qkv = self._linears["qkv"](self._norm("before_attention", x))
         q, k, v = torch.split(qkv, self._splits, dim=-1)
         return self._heads("q", q), self._heads("k", k), self._heads("v", v)
@@ -149,6 +157,8 @@ class Layer:
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The rows `x` after attention output `mixed` (n, heads * head_dim) and the MLP."""
+        if self._rows is not None:
+            return self._rows.finish(x, mixed)
         x = self._add(x, self._norm("after_attention", self._linears["output"](mixed)))
         return torch.cat([self._mlp(rows) for rows in torch.split(x, MLP_ROWS)])
 

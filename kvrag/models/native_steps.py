@@ -1,4 +1,4 @@
-"""A model's layers as the native code for one row takes them."""
+"""A model's layers as the native code for one row, and for many, takes them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from kvrag.kernels import Linear
 from kvrag.kernels.native import (
     Int8Weights,
     LayerParts,
     LayersShape,
     Native,
     NativeLayers,
+    Panels,
     Product,
+    RowLayer,
 )
 from kvrag.models.config import ModelConfig
 from kvrag.models.layer import KERNEL_ACTIVATIONS
 from kvrag.models.projection import Projection
 
-__all__ = ["int8_or_stored", "layer_parts", "native_layers"]
+__all__ = ["int8_or_stored", "layer_parts", "native_layers", "row_layer"]
 
 #: The parts of each projection of a layer.
 _PARTS = {
@@ -34,7 +37,21 @@ def native_layers(
     native: Native, config: ModelConfig, layers: Sequence[LayerParts]
 ) -> NativeLayers:
     """The layers of a model of any family, for one row in float32."""
-    shape = LayersShape(
+    return NativeLayers(native, _shape(config), layers)
+
+
+def row_layer(
+    native: Native, config: ModelConfig, norms: Mapping[str, Tensor], linears: Mapping[str, Linear]
+) -> RowLayer | None:
+    """One layer of such a model, for many rows; None where native code does not multiply."""
+    panels = {name: product for name, product in linears.items() if isinstance(product, Panels)}
+    if len(panels) < len(linears):
+        return None
+    return RowLayer(native, _shape(config), norms, panels)
+
+
+def _shape(config: ModelConfig) -> LayersShape:
+    return LayersShape(
         hidden=config.hidden_size,
         heads=config.num_heads,
         kv_heads=config.num_kv_heads,
@@ -45,7 +62,6 @@ def native_layers(
         attention_scale=config.attention_scale,
         residual_scale=config.residual_scale,
     )
-    return NativeLayers(native, shape, layers)
 
 
 def layer_parts(

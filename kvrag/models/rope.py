@@ -120,6 +120,8 @@ class Rope:
             IndexError: a position of the slice is beyond the model's last.
         """
         cos, sin = self._tables_for(positions)
+        if (native := self._kernels.native) is not None:
+            return native.rotate(x, cos, sin, positions)
         out = x.new_empty(x.shape)
         rows = slice(0, x.shape[1])
         self._kernels.rotate_into(x, cos[positions], sin[positions], out, rows)

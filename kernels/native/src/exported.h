@@ -14,6 +14,13 @@ GEMV(gemv_f16, f16_t);
 EXPORT void gemv_i8(const float *x, const int8_t *w, const float *scales, int64_t inputs,
                     int64_t outputs, int64_t group, const float *bias, float *y, int threads);
 
+#define GEMM(name, type)                                                                        \
+    EXPORT void name(const float *x, int64_t n, int64_t x_row, const type *w, int64_t inputs,   \
+                     int64_t outputs, const float *bias, float *y, int threads)
+GEMM(gemm_bf16, bf16_t);
+GEMM(gemm_f16, f16_t);
+#undef GEMM
+
 EXPORT void rms_norm(const float *x, int64_t n, int64_t dim, int64_t x_stride, const float *weight,
                      float eps, float *out, int64_t out_stride, int threads);
 EXPORT void gated_silu(const float *x, int64_t n, int64_t size, int64_t x_stride, float *out,
@@ -24,7 +31,7 @@ EXPORT void gated_gelu_tanh(const float *x, int64_t n, int64_t size, int64_t x_s
 EXPORT void rotate_into_f32(const f32_t *x, int64_t heads, int64_t n, int64_t dim, int64_t x_head,
                             int64_t x_token, const float *cos, const float *sin, int64_t rotary,
                             const int64_t *at, int64_t start, float *out, int64_t out_head,
-                            int64_t out_token, int threads);
+                            int64_t out_token, int packed, int threads);
 
 extern EXPORT const int64_t decode_piece;
 EXPORT void decode(const float *q, int64_t sequences, int64_t heads, int64_t kv_heads, int64_t dim,

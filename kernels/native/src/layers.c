@@ -103,12 +103,12 @@ EXPORT void layers(const model_t *m, const layer_t *all, const table_t *tables, 
         if (l->rope >= 0) {
             turn = tables[l->rope];
             rotate_into_f32((const f32_t *)q, m->heads, 1, dim, dim, dim, turn.cos, turn.sin,
-                            turn.rotary, NULL, position, q, dim, 0, 1);
+                            turn.rotary, NULL, position, q, dim, 0, 0, 1);
         }
         rotate_into_f32((const f32_t *)k, m->kv_heads, 1, dim, dim, dim, turn.cos, turn.sin,
-                        turn.rotary, NULL, position, into_k, head, dim, 1);
+                        turn.rotary, NULL, position, into_k, head, dim, 0, 1);
         rotate_into_f32((const f32_t *)v, m->kv_heads, 1, dim, dim, dim, NULL, NULL, 0, NULL,
-                        position, into_v, head, dim, 1);
+                        position, into_v, head, dim, 0, 1);
 
         attend(m, l, q, into_k, into_v, capacity, position, states, mixed, threads);
         multiply(m, &l->output, mixed, part, threads);

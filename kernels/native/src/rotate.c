@@ -28,6 +28,15 @@ typedef struct {
 #include "rotate.inc.h"
 #undef TYPE
 
+/* The least and the greatest of n positions, at least one. */
+EXPORT void bounds(const int64_t *at, int64_t n, int64_t *found) {
+    found[0] = found[1] = at[0];
+    for (int64_t i = 1; i < n; i++) {
+        if (at[i] < found[0]) found[0] = at[i];
+        if (at[i] > found[1]) found[1] = at[i];
+    }
+}
+
 /* Each chunk's K, rotated, and V to their positions. */
 EXPORT void put_chunks(const chunk_t *chunks, int64_t count, int64_t heads, int64_t dim,
                        const float *cos, const float *sin, int64_t rotary, float *k, int64_t k_head,

@@ -34,18 +34,19 @@ static void NAMED(put)(const chunk_t *c, const placed_t *p) {
         }
 }
 
-/* x: (heads, n, dim); out: (heads, capacity, dim); token i goes to position at[i], or start + i
-   without `at`. cos, sin: (positions, rotary), contiguous; rotary 0 widens alone. */
+/* x: (heads, n, dim); token i is turned to position at[i], or start + i without `at`. out: (heads,
+   capacity, dim), where it goes to that position, or (heads, n, dim) if `packed`. cos, sin:
+   (positions, rotary), contiguous; rotary 0 widens alone. */
 EXPORT void NAMED(rotate_into)(const ELEM *x, int64_t heads, int64_t n, int64_t dim,
                                int64_t x_head, int64_t x_token, const float *cos,
                                const float *sin, int64_t rotary, const int64_t *at,
                                int64_t start, float *out, int64_t out_head, int64_t out_token,
-                               int threads) {
+                               int packed, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < heads * n; row++) {
         int64_t head = row / n, token = row % n, position = at ? at[token] : start + token;
         const ELEM *from = x + head * x_head + token * x_token;
-        float *to = out + head * out_head + position * out_token;
+        float *to = out + head * out_head + (packed ? token : position) * out_token;
         if (rotary)
             NAMED(turn)(from, cos + position * rotary, sin + position * rotary, rotary, to);
         if (rotary < dim && (const void *)(from + rotary) != (const void *)(to + rotary))
