@@ -28,6 +28,7 @@ from kvrag.blending import Blending
 from kvrag.blocks import DEFAULT_CONTEXT, ChunkBlocks, PlacedBlocks, context_ids, fine_channels
 from kvrag.config import Settings
 from kvrag.corpus import Corpus
+from kvrag.encoded_texts import EncodedTexts
 from kvrag.errors import ClosedError, InputError, PromptTooLongError, SettingsError
 from kvrag.fusion import FusionStrategy, Prompt, create
 from kvrag.fusion.controller import Controller
@@ -98,6 +99,7 @@ class Engine:
             kernels=settings.kernels,
             kernels_dir=settings.kernels_dir,
         )
+        self._texts = EncodedTexts(self.model.tokenizer)
         self._prefixes = PrefixCache(self.model.decoder)
         self._kv_memory = KVMemory()
         self.controller = Controller(self.model.decoder)
@@ -402,6 +404,7 @@ class Engine:
             if self.device_cache is not None:
                 self.device_cache.clear()
             self._kv_memory.close()
+            self._texts.clear()
             self._catalog.close()
             self.store.close()
 
@@ -584,7 +587,7 @@ class Engine:
             if k is not None:
                 raise InputError("give passages or k, not both")
             begun = time.perf_counter()
-            chunks = passage_chunks(passages, self.model.tokenizer)
+            chunks = passage_chunks(passages, self._texts)
             prefill = self._passages_prefill(corpus_prefix)
             fitted = prefill.fit(question, chunks, new_tokens)
             return Context(prefill, fitted, begun=begun, retrieve_s=0.0, adapt=adapt)

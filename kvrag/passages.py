@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from kvrag.encoded_texts import EncodedTexts
 from kvrag.errors import InputError, PromptTooLongError
 from kvrag.models.tokenizer import Tokenizer
 from kvrag.prefill import ContextChunk
@@ -18,7 +19,9 @@ MAX_PASSAGE_TOKENS = 2048
 Passage = str | Mapping[str, str]
 
 
-def passage_chunks(passages: Sequence[Passage], tokenizer: Tokenizer) -> list[ContextChunk]:
+def passage_chunks(
+    passages: Sequence[Passage], tokenizer: Tokenizer | EncodedTexts
+) -> list[ContextChunk]:
     """Chunks of `passages`: texts, or mappings with `text` and perhaps `title`.
 
     Raises:
