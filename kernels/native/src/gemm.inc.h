@@ -1,7 +1,8 @@
 /* y[r] += x[r] w for so many rows (a constant) and the outputs of one panel; y: (rows, PANEL). What
-   was there is added at the end: sums of sums lose less than one long sum. */
+   was there is added at the end: sums of sums lose less than one long sum. `ahead`, `step` bytes
+   for each of `depth`, is asked for meanwhile: in one burst it would wait for itself. */
 INLINE void NAMED(tile)(int rows, const float *x, int64_t x_row, const ELEM *w, int64_t depth,
-                        float *y) {
+                        float *y, const char *ahead, int64_t step) {
     f32x8 acc[TALL][2];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
@@ -10,6 +11,7 @@ INLINE void NAMED(tile)(int rows, const float *x, int64_t x_row, const ELEM *w, 
     for (int64_t k = 0; k < depth; k++) {
         f32x8 left, right;
         NAMED(panel)(w + k * PANEL, &left, &right);
+        __builtin_prefetch(ahead + k * step, 0, 2);
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
             f32x8 factor = splat(x[r * x_row + k]);
@@ -27,14 +29,14 @@ INLINE void NAMED(tile)(int rows, const float *x, int64_t x_row, const ELEM *w, 
 }
 
 static void NAMED(group)(int64_t rows, const float *x, int64_t x_row, const ELEM *w, int64_t depth,
-                         float *y) {
+                         float *y, const char *ahead, int64_t step) {
     switch (rows) {
-        case 1: NAMED(tile)(1, x, x_row, w, depth, y); break;
-        case 2: NAMED(tile)(2, x, x_row, w, depth, y); break;
-        case 3: NAMED(tile)(3, x, x_row, w, depth, y); break;
-        case 4: NAMED(tile)(4, x, x_row, w, depth, y); break;
-        case 5: NAMED(tile)(5, x, x_row, w, depth, y); break;
-        default: NAMED(tile)(6, x, x_row, w, depth, y);
+        case 1: NAMED(tile)(1, x, x_row, w, depth, y, ahead, step); break;
+        case 2: NAMED(tile)(2, x, x_row, w, depth, y, ahead, step); break;
+        case 3: NAMED(tile)(3, x, x_row, w, depth, y, ahead, step); break;
+        case 4: NAMED(tile)(4, x, x_row, w, depth, y, ahead, step); break;
+        case 5: NAMED(tile)(5, x, x_row, w, depth, y, ahead, step); break;
+        default: NAMED(tile)(6, x, x_row, w, depth, y, ahead, step);
     }
 }
 
@@ -59,12 +61,11 @@ EXPORT void NAMED(gemm)(const float *x, int64_t n, int64_t x_row, const ELEM *w,
             const ELEM *part = w + first * inputs + k * PANEL;
             for (int64_t g = from; g < to; g++) {
                 /* What follows in memory is needed next: each group asks for its share. */
-                int64_t share = depth * (g - from) / (to - from);
-                for (int64_t i = share; i < depth * (g - from + 1) / (to - from); i += 2)
-                    __builtin_prefetch(part + (depth + i) * PANEL, 0, 2);
+                int64_t step = ((int64_t)(PANEL * sizeof *part) + to - from - 1) / (to - from);
+                const char *ahead = (const char *)(part + depth * PANEL);
                 int64_t row = n * g / groups, next = n * (g + 1) / groups;
                 NAMED(group)(next - row, x + row * x_row + k, x_row, part, depth,
-                             sums + (row - start) * PANEL);
+                             sums + (row - start) * PANEL, ahead + (g - from) * depth * step, step);
             }
         }
         for (int64_t r = 0; r < rows; r++)
