@@ -178,7 +178,7 @@ class LayerwiseRun(FusionRun):
         # Any candidate may become a row, so that every chunk a candidate sees must be there.
         self._pull(index, self._candidates.start)
         q, k, v = layer.project(self._x)
-        cache.write(index, self._question, layer.rotate(k, self._question), v)
+        layer.put(k, v, cache.k[index], cache.v[index], self._question)
         keys, values = cache.k[index][:, :end], cache.v[index][:, :end]
         if index in self._asked:
             mixed, received = layer.attend_received(q, keys, values, self._question)
@@ -225,7 +225,6 @@ class LayerwiseRun(FusionRun):
             first = self._candidates.start if self._num_context else self._prompt.question_start
             self._pull(index, first)
         q, k, v = layer.project(self._x)
-        k = layer.rotate(k, self._positions)
         keep = self._place(q, k, v)
         final = index == len(self._decoder.layers) - 1
         if keep is not None:
@@ -259,15 +258,16 @@ class LayerwiseRun(FusionRun):
         self._pulled = index + 1
 
     def _place(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        """Write fresh K and V, K rotated; indices of the rows that stay, the question's among them.
+        """Rotate and write fresh K and V; indices of the rows that stay, the question's among them.
 
         None keeps all.
         """
         index, cache, m = self._layer, self._cache, self._num_context
-        num_layers = len(self._decoder.layers)
+        num_layers, layer = len(self._decoder.layers), self._decoder.layers[index]
         if not m or not self._strategy.judges(index, num_layers):
-            cache.write(index, self._positions, k, v)
+            layer.put(k, v, cache.k[index], cache.v[index], self._positions)
             return None
+        k = layer.rotate(k, self._positions)
         positions = self._positions[:m]
         fresh_k, fresh_v = k[:, :m], v[:, :m]
         stored_k, stored_v = cache.k[index][:, positions], cache.v[index][:, positions]
