@@ -12,6 +12,7 @@ from .memory import empty_huge
 from .operations import Int8Weights, Native
 from .panels import Panels
 from .row_layer import RowLayer
+from .stored import StoredChunks, StoredKV
 from .unpack import NativeUnpack
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "PlacedChunk",
     "Product",
     "RowLayer",
+    "StoredChunks",
+    "StoredKV",
     "empty_huge",
     "load",
     "put_chunks",

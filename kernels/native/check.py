@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+import xxhash
 from torch import Tensor
 
 from ..errors import KernelsUnavailableError
@@ -61,6 +62,12 @@ def check(native: Native) -> None:
         _agree("gemv", native.gemv(weight, row), row @ weight.float().t())
         weight, rows, bias = draw(37, 300, dtype=dtype) / 8, draw(15, 300), draw(37)
         _agree("gemm", Panels(native, weight, bias)(rows), rows @ weight.float().t() + bias)
+
+    text = bytes(range(256)) * 20
+    for length in (241, 1024, 4096, 5000):
+        found = native.library.xxh3_64(text, length)
+        if found != xxhash.xxh3_64_intdigest(text[:length]):
+            raise KernelsUnavailableError(f"the compiled XXH3 of {length} bytes is {found:#x}")
 
     weight, row = draw(5, 2 * INT8_GROUP), draw(1, 2 * INT8_GROUP)
     int8 = Int8Weights.of(weight)

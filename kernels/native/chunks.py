@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .operations import Native, threads_for
 
-__all__ = ["PlacedChunk", "put_chunks"]
+__all__ = ["KINDS", "PlacedChunk", "checked_places", "put_chunks"]
 
 #: As put_chunks in rotate.c tells them apart.
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 #: K and V, (kv_heads, n, head_dim) each, and the position of their first token.
 PlacedChunk = tuple[Tensor, Tensor, int]
@@ -36,7 +36,49 @@ def put_chunks(
     Raises:
         ValueError: something does not fit together; nothing has been written then.
     """
-    heads, capacity, dim = into_k.shape
+    heads, _, dim = into_k.shape
+    reach, turns = checked_places(tables, into_k, into_v)
+    numbers, kept, total = array("q"), [], 0
+    for k, v, start in chunks:
+        n = k.shape[1]
+        if k.shape != (heads, n, dim) or v.shape != k.shape or v.dtype != k.dtype:
+            raise ValueError(
+                f"chunks must be ({heads}, n, {dim}), got k {k.dtype} {tuple(k.shape)} and v "
+                f"{v.dtype} {tuple(v.shape)}"
+            )
+        if k.dtype not in KINDS or not (k.is_cpu and v.is_cpu):
+            raise ValueError(f"cannot place {k.dtype} on {k.device}")
+        if start < 0 or start + n > reach:
+            raise ValueError(
+                f"positions {start} .. {start + n - 1} are not within 0 .. {reach - 1}"
+            )
+        k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
+        kept.append((k, v))  # as long as the call
+        numbers.extend(
+            (
+                KINDS[k.dtype],
+                n,
+                start,
+                k.data_ptr(),
+                *k.stride()[:2],
+                v.data_ptr(),
+                *v.stride()[:2],
+            )
+        )
+        total += 2 * k.numel()
+    if total:
+        native.library.put_chunks(
+            numbers.buffer_info()[0], len(chunks), heads, dim, *turns,
+            into_k.data_ptr(), *into_k.stride()[:2], into_v.data_ptr(), *into_v.stride()[:2],
+            threads_for(total),
+        )  # fmt: skip
+
+
+def checked_places(
+    tables: tuple[Tensor, Tensor] | None, into_k: Tensor, into_v: Tensor
+) -> tuple[int, tuple[int, int, int]]:
+    """Positions that can be written, and the addresses of cosines and sines and how many turn."""
+    _, capacity, dim = into_k.shape
     if into_v.shape != into_k.shape:
         raise ValueError(f"k {tuple(into_k.shape)} and v {tuple(into_v.shape)} must be alike")
     rotary, reach, pointers = 0, capacity, (0, 0)
@@ -60,37 +102,4 @@ def put_chunks(
                 f"{name} must be float32 on the CPU with contiguous rows, got {out.dtype} on "
                 f"{out.device} with strides {out.stride()}"
             )
-    numbers, kept, total = array("q"), [], 0
-    for k, v, start in chunks:
-        n = k.shape[1]
-        if k.shape != (heads, n, dim) or v.shape != k.shape or v.dtype != k.dtype:
-            raise ValueError(
-                f"chunks must be ({heads}, n, {dim}), got k {k.dtype} {tuple(k.shape)} and v "
-                f"{v.dtype} {tuple(v.shape)}"
-            )
-        if k.dtype not in _KINDS or not (k.is_cpu and v.is_cpu):
-            raise ValueError(f"cannot place {k.dtype} on {k.device}")
-        if start < 0 or start + n > reach:
-            raise ValueError(
-                f"positions {start} .. {start + n - 1} are not within 0 .. {reach - 1}"
-            )
-        k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
-        kept.append((k, v))  # as long as the call
-        numbers.extend(
-            (
-                _KINDS[k.dtype],
-                n,
-                start,
-                k.data_ptr(),
-                *k.stride()[:2],
-                v.data_ptr(),
-                *v.stride()[:2],
-            )
-        )
-        total += 2 * k.numel()
-    if total:
-        native.library.put_chunks(
-            numbers.buffer_info()[0], len(chunks), heads, dim, *pointers, rotary,
-            into_k.data_ptr(), *into_k.stride()[:2], into_v.data_ptr(), *into_v.stride()[:2],
-            threads_for(total),
-        )  # fmt: skip
+    return reach, (*pointers, rotary)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_float, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
@@ -32,6 +32,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "bounds": (c_void_p, c_int64, c_void_p),
     "put_chunks": (c_void_p, *[c_int64] * 3, c_void_p, c_void_p, c_int64,
                    *[c_void_p, c_int64, c_int64] * 2, c_int),
+    "put_stored": (c_void_p, *[c_int64] * 3, c_void_p, c_void_p, c_int64,
+                   *[c_void_p, c_int64, c_int64] * 2, c_void_p, c_int),
     "rms_norm": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_float, c_void_p, c_int64, c_int),
     "gated_silu": _GATED,
     "gated_gelu_tanh": _GATED,
@@ -78,6 +80,8 @@ def _loaded(folder: Path, compiler: str) -> Native:
             function.argtypes, function.restype = types, None
         library.attend_scratch.argtypes = [*[c_int64] * 5, c_int]
         library.attend_scratch.restype = c_int64
+        library.xxh3_64.argtypes = [c_void_p, c_int64]
+        library.xxh3_64.restype = c_uint64
         native = Native(library)
     except (OSError, AttributeError, ValueError) as exc:
         raise KernelsUnavailableError(f"{path} cannot be loaded: {exc}") from exc

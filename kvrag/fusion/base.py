@@ -8,9 +8,9 @@ that a scheduler can put decode iterations in between.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from kvrag.errors import InputError, UnknownStrategyError
 from kvrag.fusion.prompt import Prompt
 from kvrag.generation.kv_cache import KVCache
+from kvrag.kernels.native import StoredKV
 from kvrag.models.decoder import Decoder
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "FusionStrategy",
     "LayerStream",
     "LayerVisit",
+    "PlacingStream",
     "create",
     "fuse",
     "one_of",
@@ -49,6 +51,23 @@ class LayerStream(Protocol):
 
     def close(self) -> None:
         """Stop loading and release the blocks. A second call does nothing."""
+        ...
+
+
+@runtime_checkable
+class PlacingStream(LayerStream, Protocol):
+    """A stream that hands out what lies in memory before it is verified, to be both at once."""
+
+    def place_layer(
+        self, place: Callable[[Mapping[int, StoredKV]], list[int]]
+    ) -> Sequence[tuple[Tensor, Tensor] | None]:
+        """As `next_layer`, with None for the chunks that `place` has written.
+
+        Args:
+            place: is given chunks by their numbers in the prompt, at most once, verifies this layer
+                of them, writes the sound ones where they belong, and returns the others, which
+                then come as if they had been found damaged anywhere else.
+        """
         ...
 
 

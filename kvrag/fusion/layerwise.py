@@ -18,7 +18,7 @@ pass over the rows finds these layers in the cache already.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +31,13 @@ from kvrag.fusion.base import (
     FusionStrategy,
     LayerStream,
     LayerVisit,
+    PlacingStream,
 )
 from kvrag.fusion.prompt import Prompt
 from kvrag.fusion.selection import Choice
 from kvrag.generation.kv_cache import KVCache
 from kvrag.kernels import Deviation
+from kvrag.kernels.native import StoredChunks, StoredKV
 from kvrag.models.decoder import Decoder
 
 __all__ = ["LayerState", "LayerwiseRun", "LayerwiseStrategy"]
@@ -148,6 +150,7 @@ class LayerwiseRun(FusionRun):
         self._asked = list(strategy.question_layers(decoder, prompt)) if self._candidates else []
         self._attention: list[Tensor] = []
         self._pulled = 0
+        self._stored: StoredChunks | None = None
         self._extra_rows = self._context_rows = 0
         self._selected: Tensor | None = None
         self._scores = torch.full((prompt.context_tokens,), torch.nan, device=decoder.device)
@@ -252,10 +255,34 @@ class LayerwiseRun(FusionRun):
         layer, cache = self._decoder.layers[index], self._cache
         visible = layer.first_visible(first)
         spans = self._prompt.chunks[self._first_chunks[index] :]
-        stored = zip(spans, self._layers.next_layer(), strict=True)
-        seen = [(k, v, span.start) for span, (k, v) in stored if visible < span.end]
-        layer.put_chunks(seen, cache.k[index], cache.v[index])
+
+        def place(stored: Mapping[int, StoredKV]) -> list[int]:
+            seen = [i for i in stored if visible < self._prompt.chunks[i].end]
+            return layer.put_stored(self._known(stored), seen, cache.k[index], cache.v[index])
+
+        pulled: Sequence[tuple[Tensor, Tensor] | None]
+        if self._decoder.kernels.native is not None and isinstance(self._layers, PlacingStream):
+            pulled = self._layers.place_layer(place)
+        else:
+            pulled = self._layers.next_layer()
+        seen = [
+            (*kv, span.start)
+            for span, kv in zip(spans, pulled, strict=True)
+            if kv is not None and visible < span.end
+        ]
+        if seen:
+            layer.put_chunks(seen, cache.k[index], cache.v[index])
         self._pulled = index + 1
+
+    def _known(self, stored: Mapping[int, StoredKV]) -> StoredChunks:
+        """Those that are placed from where they lie; one that was found damaged stays, unused."""
+        native = self._decoder.kernels.native
+        if native is None:
+            raise RuntimeError("native code places stored chunks, and there is none")
+        if self._stored is None or not all(i in self._stored for i in stored):
+            starts = {i: (kv, self._prompt.chunks[i].start) for i, kv in stored.items()}
+            self._stored = StoredChunks(native, starts)
+        return self._stored
 
     def _place(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         """Rotate and write fresh K and V; indices of the rows that stay, the question's among them.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvrag.kernels import Activation, Kernels, Linear
-from kvrag.kernels.native import PlacedChunk, RowLayer, put_chunks
+from kvrag.kernels.native import PlacedChunk, RowLayer, StoredChunks, put_chunks
 from kvrag.models.config import ModelConfig
 from kvrag.models.rope import Rope
 
@@ -95,6 +95,13 @@ class Layer:
         end = max((start + k.shape[1] for k, _, start in chunks), default=0)
         tables = None if self._rope is None else self._rope.tables(end)
         put_chunks(native, chunks, tables, into_k, into_v)
+
+    def put_stored(
+        self, stored: StoredChunks, numbers: list[int], into_k: Tensor, into_v: Tensor
+    ) -> list[int]:
+        """`put_chunks` of what is not verified yet; those that turn out damaged are not written."""
+        tables = None if self._rope is None else self._rope.tables(stored.end)
+        return stored.put(self.index, numbers, tables, into_k, into_v)
 
     def first_visible(self, position: int) -> int:
         """The first position that a row at `position` sees."""

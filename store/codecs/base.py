@@ -8,8 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
     from typing_extensions import Buffer
 
@@ -84,10 +82,11 @@ class InPlace(Protocol):
 
     def layers(
         self, buffer: Buffer, header: BlockHeader
-    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None:
-        """K and V, (kv_heads, tokens, head_dim) of each layer, over the memory of `buffer`.
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """K and V of all layers, (layers, kv_heads, tokens, head_dim), in the memory of `buffer`.
 
         `buffer` is all segments in one piece, padding included, which need not be verified yet:
-        nothing is read. None where they do not fit the header. Read-only by contract.
+        nothing is read. All segments are of one length, and those of a layer lie in its own.
+        None where they do not fit the header. Read-only by contract.
         """
         ...

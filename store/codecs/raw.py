@@ -10,8 +10,6 @@ import torch
 from .memory import check_length, check_pair, dtype_of, joined, tensor_over
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from typing_extensions import Buffer
 
     from ..header import BlockHeader
@@ -56,7 +54,7 @@ class RawCodec:
 
     def layers(
         self, buffer: Buffer, header: BlockHeader
-    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None:
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """See `InPlace`."""
         dtype, segments = _DTYPES.get(header.dtype), header.segments
         if dtype is None:
@@ -73,5 +71,5 @@ class RawCodec:
             return None
         rows = whole.view(dtype).view(len(segments), apart)
         parts = rows[:, : sizes[0]], rows[:, sizes[0] : sum(sizes)]
-        k, v = (part.view(-1, *shape).unbind() for part, shape in zip(parts, shapes, strict=True))
+        k, v = (part.view(-1, *shape) for part, shape in zip(parts, shapes, strict=True))
         return k, v

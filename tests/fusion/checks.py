@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 from tests.fusion.rooms import CHUNKS, PREFIX, QUESTION, Recording
@@ -41,3 +43,22 @@ def check_blend(room, dense, ratio, *, chunks=CHUNKS, prefix=PREFIX, question=QU
     begin = range(first, prompt.question_start)
     check(prefilled, *dense.blend(prefix, corpus_prefix, chunks, question, begin, choose))
     return prefilled, strategy.kept
+
+
+def check_released(room):
+    """Nothing is open, and no thread stays once what was under way is done."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("kvrag"):
+            thread.join(timeout=10)
+            assert not thread.is_alive(), thread
+    assert room.store.stats().open_blocks == 0
+
+
+def check_same_cache(one, other):
+    length = other.cache.length
+    assert one.cache.length == length
+    for ours, theirs in (
+        *zip(one.cache.k, other.cache.k, strict=True),
+        *zip(one.cache.v, other.cache.v, strict=True),
+    ):
+        assert torch.equal(ours[:, :length], theirs[:, :length])

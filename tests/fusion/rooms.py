@@ -69,7 +69,9 @@ class Fixed(CacheBlend):
 
 
 class CountingTier(RamTier):
-    """Notes each segment that is read: (key, layer)."""
+    """Notes each segment that is read, (key, layer), as from a tier that is no memory."""
+
+    durable = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,8 +98,9 @@ class Room:
         dtype: torch.dtype = torch.float64,
         corpus_prefix: Sequence[int] = tuple(PREFIX),
         tier: Tier | None = None,
+        kernels_dir: Path | None = None,
     ) -> None:
-        self.model = open_model(str(folder), folder, dtype=dtype)
+        self.model = open_model(str(folder), folder, dtype=dtype, kernels_dir=kernels_dir)
         tier = tier or (RamTier() if root is None else DiskTier(root))
         self.store = TieredStore([TierSlot(tier, None)])
         self.prefixes = PrefixCache(self.model.decoder)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -17,29 +15,11 @@ from kvrag.fusion.layerwise import LayerwiseStrategy
 from kvrag.fusion.reuse import Reuse
 from kvrag.fusion.stream import BlockStream
 from kvrag.store.errors import StoreError
+from tests.fusion.checks import check_released, check_same_cache
 from tests.fusion.rooms import CHUNKS, OTHER_PREFIX, PREFIX, QUESTION, Room
 from tests.models.tiny_models import token_ids
 
 PATTERNS = [(), (0,), (1,), (2,), (0, 2), (0, 1, 2)]
-
-
-def check_released(room):
-    """Nothing is open, and no thread stays once what was under way is done."""
-    for thread in threading.enumerate():
-        if thread.name.startswith("kvrag"):
-            thread.join(timeout=10)
-            assert not thread.is_alive(), thread
-    assert room.store.stats().open_blocks == 0
-
-
-def check_same_cache(one, other):
-    length = other.cache.length
-    assert one.cache.length == length
-    for ours, theirs in (
-        *zip(one.cache.k, other.cache.k, strict=True),
-        *zip(one.cache.v, other.cache.v, strict=True),
-    ):
-        assert torch.equal(ours[:, :length], theirs[:, :length])
 
 
 def check_accounts(room, prompt, prefilled, *, missing=(), strategy, prefix_cached):

@@ -33,6 +33,8 @@ EXPORT void rotate_into_f32(const f32_t *x, int64_t heads, int64_t n, int64_t di
                             const int64_t *at, int64_t start, float *out, int64_t out_head,
                             int64_t out_token, int packed, int threads);
 
+EXPORT uint64_t xxh3_64(const uint8_t *data, int64_t n);
+
 extern EXPORT const int64_t decode_piece;
 EXPORT void decode(const float *q, int64_t sequences, int64_t heads, int64_t kv_heads, int64_t dim,
                    const float *const *k, const float *const *v, const int64_t *strides,

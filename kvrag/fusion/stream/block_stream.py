@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -22,12 +22,13 @@ from kvrag.fusion.stream.chunk_reads import ChunkReads, LayerKV
 from kvrag.fusion.stream.io_threads import WIDTH, IoThreads, io_threads
 from kvrag.fusion.stream.read_times import Read, ReadTimes, TierRead
 from kvrag.fusion.stream.resident_chunk import ResidentChunk
+from kvrag.kernels.native import StoredKV
 from kvrag.store.codecs import Codec
 from kvrag.store.errors import BlockFormatError, StoreError
 from kvrag.store.header import BlockHeader
 from kvrag.store.tiered import BlockReader
 
-__all__ = ["BlockStream", "LoadingCancelled"]
+__all__ = ["BlockStream", "LoadingCancelled", "Place"]
 
 #: Most bytes of decoded layers that wait for a request: 20 layers of 4,096 tokens of a model with
 #: 3 KV heads of 64, 4 of one with 8 of 128.
@@ -36,6 +37,10 @@ AHEAD_BYTES = 64 * 2**20
 LARGEST_GROUP = 8
 #: Seconds between two looks whether a request that waits for a tier was cancelled.
 _ASK_S = 0.1
+
+
+#: Writes a layer of chunks, given by their numbers, where they belong; those that are damaged.
+Place = Callable[[Mapping[int, StoredKV]], list[int]]
 
 
 class LoadingCancelled(Exception):
@@ -87,8 +92,8 @@ class BlockStream:
                 self._resident[chunk] = resident
             else:
                 self._chunks[chunk] = ChunkReads(reader, wanted)
-        # Those of the next layer.
-        self._verified: dict[int, LayerKV] = {}
+        # Those of the next layer; None for what was placed already.
+        self._verified: dict[int, LayerKV | None] = {}
         self._memory: dict[int, Sequence[LayerKV]] = {}
         layer_nbytes = sum(_layer_nbytes(chunk.reader.header) for chunk in self._chunks.values())
         self._ahead = max(1, ahead_bytes // max(1, layer_nbytes))
@@ -148,10 +153,17 @@ class BlockStream:
             self._memory[chunk] = layers
 
     def next_layer(self) -> list[LayerKV]:
+        return [kv for kv in self._advance(None) if kv is not None]
+
+    def place_layer(self, place: Place) -> list[LayerKV | None]:
+        """See `fusion.PlacingStream`."""
+        return self._advance(place)
+
+    def _advance(self, place: Place | None) -> list[LayerKV | None]:
         index = self._next
         if self._closed or index >= len(self._first_chunks):
             raise RuntimeError(f"layer {index} asked of a stream that is closed or at its end")
-        self._verify(index)
+        self._verify(index, place)
         while (layer := self._layer()) is None:
             for chunk in self._lost():
                 self.compute(chunk)
@@ -181,7 +193,7 @@ class BlockStream:
 
     # ---- the next layer --------------------------------------------------------------------------
 
-    def _layer(self) -> list[LayerKV] | None:
+    def _layer(self) -> list[LayerKV | None] | None:
         """Wait for the next layer; None if chunks of it must be computed first."""
         begun = time.perf_counter()
         with self._changed:
@@ -229,7 +241,7 @@ class BlockStream:
         missing = self._missing()
         return not missing or bool(self._lost())
 
-    def _take(self, chunk: int) -> LayerKV:
+    def _take(self, chunk: int) -> LayerKV | None:
         if chunk in self._memory:
             return self._memory[chunk][self._next]
         if chunk in self._verified:
@@ -243,20 +255,27 @@ class BlockStream:
         firsts = self._first_chunks
         return [layer for layer in range(start, len(firsts)) if firsts[layer] <= chunk]
 
-    def _verify(self, layer: int) -> None:
+    def _verify(self, layer: int, place: Place | None) -> None:
         """Check a layer of what lies in memory; what is damaged is read like from any tier."""
-        if not self._resident:
+        first = self._first_chunks[layer]
+        wanted = {i: resident for i, resident in list(self._resident.items()) if i >= first}
+        if not wanted:
             return
         begun, tier, nbytes = time.perf_counter(), "", 0
         damaged: list[int] = []
-        for chunk, resident in list(self._resident.items()):
-            if chunk < self._first_chunks[layer]:
+        if place is not None:
+            damaged = place({chunk: resident.stored for chunk, resident in wanted.items()})
+        for chunk, resident in wanted.items():
+            if chunk in damaged:
                 continue
-            try:
-                self._verified[chunk], read = resident.verified(layer)
-            except BlockFormatError:
-                damaged.append(chunk)
-                continue
+            if place is not None:
+                self._verified[chunk], read = None, resident.count(layer)
+            else:
+                try:
+                    self._verified[chunk], read = resident.verified(layer)
+                except BlockFormatError:
+                    damaged.append(chunk)
+                    continue
             tier, nbytes = resident.tier, nbytes + read
             if layer == resident.last:
                 resident.close()

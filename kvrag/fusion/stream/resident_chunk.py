@@ -7,11 +7,14 @@ it would take the interpreter lock from it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Self
 
+import numpy as np
 from torch import Tensor
 
 from kvrag.fusion.stream.chunk_reads import LayerKV
+from kvrag.kernels.native import StoredKV
 from kvrag.store.codecs import Codec, InPlace
 from kvrag.store.resident import Resident
 from kvrag.store.tiered import BlockReader
@@ -26,11 +29,11 @@ class ResidentChunk:
         self,
         reader: BlockReader,
         resident: Resident,
-        k: Sequence[Tensor],
-        v: Sequence[Tensor],
+        k: Tensor,
+        v: Tensor,
         last: int,
     ) -> None:
-        """k, v: un-rotated, (kv_heads, tokens, head_dim) of each layer."""
+        """k, v: un-rotated, (layers, kv_heads, tokens, head_dim)."""
         self.reader, self.tier, self.last = reader, resident.tier, last
         self._resident, self._k, self._v = resident, k, v
 
@@ -44,6 +47,18 @@ class ResidentChunk:
         if resident is None or layers is None:
             return None
         return cls(reader, resident, *layers, wanted[-1])
+
+    @cached_property
+    def stored(self) -> StoredKV:
+        """For who verifies all chunks of a layer at once."""
+        header = self._resident.header
+        segments = np.frombuffer(self._resident.data, np.uint8).reshape(len(header.segments), -1)
+        checksums = np.array([segment.checksum for segment in header.segments], np.uint64)
+        return StoredKV(segments, self._k, self._v, header.segments[0].length, checksums)
+
+    def count(self, layer: int) -> int:
+        """Note that a layer was verified elsewhere; its bytes."""
+        return self._resident.count(layer)
 
     def verified(self, layer: int) -> tuple[LayerKV, int]:
         """K and V of a layer, checked now, and the bytes that were read for that.
