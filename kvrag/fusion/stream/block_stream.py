@@ -261,7 +261,8 @@ class BlockStream:
         wanted = {i: resident for i, resident in list(self._resident.items()) if i >= first}
         if not wanted:
             return
-        begun, tier, nbytes = time.perf_counter(), "", 0
+        begun = time.perf_counter()
+        verified: list[tuple[str, int]] = []
         damaged: list[int] = []
         if place is not None:
             damaged = place({chunk: resident.stored for chunk, resident in wanted.items()})
@@ -276,11 +277,13 @@ class BlockStream:
                 except BlockFormatError:
                     damaged.append(chunk)
                     continue
-            tier, nbytes = resident.tier, nbytes + read
+            verified.append((resident.tier, read))
             if layer == resident.last:
                 resident.close()
+        ended = time.perf_counter()
         with self._changed:
-            self._times.add(Read(tier, nbytes, begun, time.perf_counter()))
+            for tier, nbytes in verified:
+                self._times.add(Read(tier, nbytes, begun, ended, first=layer == 0))
             for chunk in damaged:
                 if self._closed:
                     break
