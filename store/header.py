@@ -25,6 +25,8 @@ Shape = tuple[int, int, int, int]
 _MAX_TEXT = 256
 _MAX_DIMENSION = 2**31 - 1
 _MAX_SEGMENT_NBYTES = 2**40
+_MAX_OFFSET = 2**62
+_MAX_CHECKSUM = 2**64 - 1
 _MAX_EXTRA = 64
 
 
@@ -46,12 +48,12 @@ class SegmentInfo:
 
     @property
     def padded_nbytes(self) -> int:
-        return padded(self.length)
+        return -(-self.length // ALIGNMENT) * ALIGNMENT  # `padded`, but this is asked most
 
     @property
     def end(self) -> int:
         """Offset just behind the padding."""
-        return self.offset + padded(self.length)
+        return self.offset + self.padded_nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +146,21 @@ def _check_segments(segments: object) -> None:
         raise BlockFormatError("a block has at least one segment")
     end = None
     for index, segment in enumerate(segments):
-        _check_int(f"the offset of segment {index}", segment.offset, ALIGNMENT, 2**62)
-        _check_int(f"the length of segment {index}", segment.length, 1, _MAX_SEGMENT_NBYTES)
-        _check_int(f"the checksum of segment {index}", segment.checksum, 0, 2**64 - 1)
-        if segment.offset % ALIGNMENT or end not in (None, segment.offset):
+        offset, length, checksum = segment.offset, segment.length, segment.checksum
+        if not (
+            type(offset) is type(length) is type(checksum) is int
+            and ALIGNMENT <= offset <= _MAX_OFFSET
+            and 1 <= length <= _MAX_SEGMENT_NBYTES
+            and 0 <= checksum <= _MAX_CHECKSUM
+        ):
+            # Which one it is: not asked above, since this is most of what a header takes to check.
+            _check_int(f"the offset of segment {index}", offset, ALIGNMENT, _MAX_OFFSET)
+            _check_int(f"the length of segment {index}", length, 1, _MAX_SEGMENT_NBYTES)
+            _check_int(f"the checksum of segment {index}", checksum, 0, _MAX_CHECKSUM)
+        if offset % ALIGNMENT or end not in (None, offset):
             raise BlockFormatError(
                 f"segments follow one another at multiples of {ALIGNMENT}: "
-                f"segment {index} cannot start at {segment.offset}"
+                f"segment {index} cannot start at {offset}"
             )
         end = segment.end
 

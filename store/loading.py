@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from .block import Block, BlockHeader, encode_header, verify_segment
+from .block import Block, BlockHeader, encode_header, verify_segments
 from .errors import BlockFormatError, DamagedBlockError, StoreError, TierError
 from .resident import InMemory, Resident
 from .sealing import is_sealed
@@ -224,10 +224,8 @@ class Loading:
         raise self._failure
 
     def _keep(self, first: int, views: list[memoryview]) -> int:
-        for index, view in enumerate(views, start=first):
-            verify_segment(self.header, index, view)
-        for index, view in enumerate(views, start=first):
-            self._held[index] = view
+        verify_segments(self.header, first, views)
+        self._held[first : first + len(views)] = views
         self._missing -= len(views)
         nbytes = sum(map(len, views))
         if self._slot is not None:
@@ -271,8 +269,7 @@ class Loading:
         if read is None or header != self._header:
             return False
         views = slot.tier.segments(self.expected.key, *read) or []
-        for index, view in enumerate(views, start=read[0]):
-            verify_segment(header, index, view)
+        verify_segments(header, read[0], views)
         return bool(views)
 
     def _seek(self, start: int) -> None:

@@ -116,7 +116,8 @@ class Slot:
     def count(self, **amounts: int) -> None:
         """Add to the counters, which are named as in `TierStats`."""
         with self._lock:
-            self._counts.update(amounts)
+            for name, amount in amounts.items():
+                self._counts[name] += amount
 
     def usable(self) -> bool:
         """Whether to ask the tier at all: not from a failure until a trial has worked.

@@ -159,9 +159,11 @@ def split_segments(
     header: BlockHeader, first: int, last: int, data: memoryview
 ) -> list[memoryview]:
     """`data`, the bytes of `segment_range`, as one read-only view a segment."""
-    start = header.segments[first].offset
-    data = data.toreadonly()
-    return [data[part.offset - start : part.end - start] for part in header.segments[first:last]]
+    offsets = [part.offset for part in header.segments[first:last]]
+    start, data = offsets[0], data.toreadonly()
+    # Nothing lies between segments: each ends where the next one starts.
+    ends = [*offsets[1:], start + len(data)]
+    return [data[offset - start : end - start] for offset, end in zip(offsets, ends, strict=True)]
 
 
 def check_key(key: BlockKey, block: Block) -> None:
