@@ -55,7 +55,7 @@ def tier_slots(settings: Settings, sealer: Sealer | None = None) -> list[TierSlo
 
     slots = [
         TierSlot(
-            RamTier(allocate=_pinned if settings.device.startswith("cuda") else aligned_buffer),
+            RamTier(allocate=_pinned if settings.device.startswith("cuda") else None),
             Limits(
                 settings.ram_bytes,
                 namespace_nbytes=settings.namespace_ram_bytes,

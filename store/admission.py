@@ -20,10 +20,10 @@ class SecondUse:
         self._newer: set[int] = set()
         self._older: set[int] = set()
 
-    def again(self, key: BlockKey) -> bool:
-        """Note a use; whether the key was seen before."""
+    def again(self, key: BlockKey, part: int = 0) -> bool:
+        """Note a use of the block, or of one part of it; whether the same was seen before."""
         # 60 bits: one key in billions is taken for another, and is admitted a use too early.
-        mark = int(key.digest[:15], 16)
+        mark = int(key.digest[:15], 16) + part
         with self._lock:
             known = mark in self._newer or mark in self._older
             self._newer.add(mark)

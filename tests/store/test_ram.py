@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import pytest
+
+from kvrag.store.errors import BlockFormatError
 from kvrag.store.ram import RamTier, _Held
 
 from .contract import TierContract
@@ -24,3 +27,14 @@ class TestRamTier(TierContract):
 
     def test_it_is_not_durable(self, tier):
         assert not tier.durable
+
+    @pytest.mark.parametrize("place", [0, 9, 17, 30, 4000])
+    def test_a_bit_that_changes_in_a_kept_header_is_found(self, tier, place):
+        tier.put(make_key(1), make_block(1))
+        assert tier.header(make_key(1)) == make_block(1).header
+        held = tier._held[make_key(1)]
+        data = bytearray(held.data)
+        data[place] ^= 4
+        tier._held[make_key(1)] = _Held(memoryview(data), held.header)
+        with pytest.raises(BlockFormatError):
+            tier.header(make_key(1))
