@@ -12,12 +12,15 @@ import random
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kvrag.bench.curve_plot import plot_curve
 from kvrag.bench.frame import median, print_environment, print_json, print_table
 from kvrag.bench.items import drawn, load_items
+from kvrag.bench.plots import check_plotting
 from kvrag.bench.traces import (
     CONTESTANTS,
     Use,
@@ -55,10 +58,13 @@ class EvictionOptions:
     blocks: tuple[int, ...] = (1000, 10_000, 100_000, 1_000_000)
     operations: int = 2000
     seed: int = 0
+    plot: Path | None = None
 
 
 def run(engine: Engine, data: Sequence[Path], options: EvictionOptions) -> dict[str, Any]:
-    """Measure, print, and return what the JSON line holds."""
+    """Measure, print, draw, and return what the JSON line holds."""
+    if options.plot is not None:
+        check_plotting()
     config = engine.model.decoder.config
     itemsize = engine.model.decoder.dtype.itemsize
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
@@ -78,11 +84,7 @@ def run(engine: Engine, data: Sequence[Path], options: EvictionOptions) -> dict[
             bytes_per_token=per_token,
         )
     rates = {name: _rates(trace, options.shares) for name, trace in traces.items()}
-    curve = [
-        {"policy": policy, "blocks": blocks, **_curve_point(policy, blocks, options)}
-        for policy in POLICIES
-        for blocks in options.blocks
-    ]
+    curve = [point for policy in POLICIES for point in _curve(policy, options)]
     result = {"hit_rates": rates, "curve": curve}
     print_environment()
     rows = [
@@ -98,6 +100,8 @@ def run(engine: Engine, data: Sequence[Path], options: EvictionOptions) -> dict[
         ("policy", "blocks", "put, us", "p99", "get, us", "p99", "bytes a block"),
         [(p["policy"], f"{p['blocks']:,}", *(f"{p[name]:.0f}" for name in names)) for p in curve],
     )
+    if options.plot is not None:
+        plot_curve(options.plot, curve)
     print_json(result)
     return result
 
@@ -160,35 +164,42 @@ class _Simulated(Tier):
         pass
 
 
-def _curve_point(policy: str, blocks: int, options: EvictionOptions) -> dict[str, float]:
+def _curve(policy: str, options: EvictionOptions) -> list[dict[str, Any]]:
+    """A point for each number of blocks; their operations take turns, so that they compare."""
     template = _block(numbered_key(0))
+    rng = random.Random(options.seed)
+    points: list[dict[str, Any]] = []
+    got: list[list[float]] = [[] for _ in options.blocks]
+    put: list[list[float]] = [[] for _ in options.blocks]
+    with ExitStack() as stack:
+        stores = []
+        for blocks in options.blocks:
+            gc.collect()
+            tracemalloc.start()
+            stores.append(stack.enter_context(_opened(template, blocks, policy)))
+            gc.collect()
+            nbytes, _ = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            points.append({"policy": policy, "blocks": blocks, "bytes_per_block": nbytes / blocks})
+        for number in range(options.operations):
+            for place, (blocks, store) in enumerate(zip(options.blocks, stores, strict=True)):
+                got[place].append(_timed(_get, store, numbered_key(rng.randrange(1, blocks, 2))))
+                new = _block(numbered_key(blocks + number))
+                put[place].append(_timed(store.put, new.header.key, new))
+    for place, point in enumerate(points):
+        for name, taken in (("put", put[place]), ("get", got[place])):
+            point[f"{name}_us"] = median(taken) * 1e6
+            point[f"{name}_p99_us"] = _quantile(taken, 0.99) * 1e6
+    return points
 
-    def opened() -> TieredStore:
-        slot = TierSlot(
-            _Simulated(template, blocks), blocks * template.nbytes, policy=policy_named(policy)
-        )
-        store = TieredStore([slot])
-        store.protect(numbered_key(number) for number in range(0, blocks, 2))
-        return store
 
-    gc.collect()
-    tracemalloc.start()
-    with opened() as store:
-        gc.collect()
-        nbytes, _ = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        rng = random.Random(options.seed)
-        asked = [numbered_key(rng.randrange(1, blocks, 2)) for _ in range(options.operations)]
-        got = [_timed(_get, store, key) for key in asked]
-        new = [_block(numbered_key(blocks + n)) for n in range(options.operations)]
-        put = [_timed(store.put, block.header.key, block) for block in new]
-    return {
-        "put_us": median(put) * 1e6,
-        "put_p99_us": _quantile(put, 0.99) * 1e6,
-        "get_us": median(got) * 1e6,
-        "get_p99_us": _quantile(got, 0.99) * 1e6,
-        "bytes_per_block": nbytes / blocks,
-    }
+def _opened(template: Block, blocks: int, policy: str) -> TieredStore:
+    slot = TierSlot(
+        _Simulated(template, blocks), blocks * template.nbytes, policy=policy_named(policy)
+    )
+    store = TieredStore([slot])
+    store.protect(numbered_key(number) for number in range(0, blocks, 2))
+    return store
 
 
 def _get(store: TieredStore, key: BlockKey) -> None:

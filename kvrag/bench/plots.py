@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-__all__ = ["check_plotting", "plot_frontier", "plot_lengths", "plot_spans"]
+__all__ = [
+    "check_plotting",
+    "new_figure",
+    "plain_numbers",
+    "plot_frontier",
+    "plot_lengths",
+    "plot_spans",
+    "save",
+]
 
 #: What TTFT is made of: name in the JSON, in the legend, colour and hatching.
 _PARTS = (
@@ -64,7 +72,7 @@ def plot_lengths(
         InputError: the folder cannot be written.
         MissingExtraError: see `check_plotting`.
     """
-    figure = _figure(8.4, 4.6)
+    figure = new_figure(8.4, 4.6)
     axes = figure.add_subplot()
     names = list(dict.fromkeys(name for of in lengths.values() for name in of["ttft_range_s"]))
     for name in names:
@@ -89,13 +97,13 @@ def plot_lengths(
     axes.set_xticks(sorted(lengths), [_tokens(context) for context in sorted(lengths)])
     axes.set_xticks([], minor=True)
     axes.set_yscale("log")
-    _plain_numbers(axes.yaxis, (1, 2, 5))
+    plain_numbers(axes.yaxis, (1, 2, 5))
     axes.grid(visible=True, linewidth=0.6, alpha=0.6)
     axes.set_xlabel("context (tokens)")
     axes.set_ylabel("time to first token (s)")
     axes.set_title(_title("Time to first token by context length", facts))
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
-    return _save(figure, folder, "ttft_by_context")
+    return save(figure, folder, "ttft_by_context")
 
 
 def plot_spans(folder: Path, figures: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Path]:
@@ -117,7 +125,7 @@ def plot_spans(folder: Path, figures: Mapping[str, Any], facts: Mapping[str, Any
     seconds = figures["ttft_s"]
     names = sorted(figures["ttft_range_s"], key=lambda name: float(seconds[name]))
     split = [name for name in names if name in figures["spans_s"]]
-    figure = _figure(8.4, 2.8 + 0.36 * (len(names) + len(split)))
+    figure = new_figure(8.4, 2.8 + 0.36 * (len(names) + len(split)))
     grid = figure.add_gridspec(2, 1, height_ratios=(len(names) + 1, len(split) + 1))
     above, below = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
     handles = _bars(above, names, figures, {name: seconds[name] for name in split})
@@ -133,7 +141,7 @@ def plot_spans(folder: Path, figures: Mapping[str, Any], facts: Mapping[str, Any
     below.set_xlim(0, 100)
     below.set_xlabel("share of kvrag's time to first token (%)")
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
-    return _save(figure, folder, "ttft_spans")
+    return save(figure, folder, "ttft_spans")
 
 
 def plot_frontier(
@@ -159,7 +167,7 @@ def plot_frontier(
     """
     columns = min(3, len(sets))
     lines = -(-len(sets) // columns)
-    figure = _figure(1.2 + 4.8 * columns, 1.0 + 3.9 * lines)
+    figure = new_figure(1.2 + 4.8 * columns, 1.0 + 3.9 * lines)
     handles: dict[str, Any] = {}
     labels: list[Label] = []
     strokes: list[Stroke] = []
@@ -193,7 +201,7 @@ def plot_frontier(
         tokens = full[title]["prompt_tokens"]
         axes.set_title(f"{title}, {full[title]['n']} items, {tokens:,.0f} prompt tokens")
         axes.set_xscale("log")
-        _plain_numbers(axes.xaxis, (1, 1.5, 2, 3, 5, 7))
+        plain_numbers(axes.xaxis, (1, 1.5, 2, 3, 5, 7))
         axes.set_ylim(bottom=0)
         axes.set_xlabel("TTFT (% of full prefill's)")
         axes.set_ylabel("KL to full prefill (nats)")
@@ -210,7 +218,7 @@ def plot_frontier(
         else None,
     )
     place(figure, labels, strokes)
-    return _save(figure, folder, "frontier")
+    return save(figure, folder, "frontier")
 
 
 def _lines(of: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -233,7 +241,7 @@ def _tokens(number: int) -> str:
     return f"{number:,}" if number % 128 or number < 1024 else f"{number / 1024:.4g}k"
 
 
-def _plain_numbers(axis: Axis, steps: Sequence[float]) -> None:
+def plain_numbers(axis: Axis, steps: Sequence[float]) -> None:
     """Such multiples of powers of ten along a logarithmic axis, written out."""
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
@@ -288,7 +296,7 @@ def _title(what: str, figures: Mapping[str, Any]) -> str:
     return f"{what}\n{model}, {figures['dtype']}, {threads}, median of {figures['repetitions']}"
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure in inches that belongs to no window and to no list of open figures."""
     check_plotting()
     from matplotlib.figure import Figure
@@ -296,7 +304,8 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write `name`.png and .svg. Raises `InputError` if the folder cannot be written."""
     from matplotlib import rc_context
 
     files = [folder / f"{name}.png", folder / f"{name}.svg"]

@@ -73,5 +73,6 @@ def test_what_it_prints(tmp_path, capsys):
 @pytest.mark.parametrize("policy", ["lru", "s3-fifo"])
 def test_a_block_takes_less_than_400_bytes(policy):
     """Half of them a corpus's, and with all that the store keeps beside its tiers."""
-    options = eviction.EvictionOptions(operations=5)
-    assert eviction._curve_point(policy, 5000, options)["bytes_per_block"] < 400
+    options = eviction.EvictionOptions(operations=5, blocks=(5000,))
+    (point,) = eviction._curve(policy, options)
+    assert point["bytes_per_block"] < 400

@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from kvrag.bench import plots
+from kvrag.bench.curve_plot import plot_curve
 from kvrag.bench.labels import Label, Stroke, place
 from kvrag.bench.looks import line_of, look_of
 from kvrag.fusion import strategy_names
@@ -93,3 +94,15 @@ def test_every_strategy_looks_different():
     assert len(set(looks.values())) == len(looks)
     assert look_of("fast:most_rows=0") not in looks.values()
     assert look_of("wish") == look_of("wish")
+
+
+def test_the_curve_of_the_store_has_a_line_a_policy(tmp_path):
+    points = [
+        {"policy": policy, "blocks": blocks, "get_us": 9, "put_us": 12, "bytes_per_block": 300}
+        for policy in ("lru", "lfu", "cost", "s3-fifo")
+        for blocks in (1000, 1_000_000)
+    ]
+    files = plot_curve(tmp_path, points)
+    assert [file.name for file in files] == ["store_curve.png", "store_curve.svg"]
+    written = texts(files)
+    assert {"lru", "lfu", "cost", "s3-fifo", "1,000", "1,000,000", "blocks held"} <= set(written)

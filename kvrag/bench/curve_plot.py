@@ -1,0 +1,62 @@
+"""A picture of what the store takes beside its tiers, by the number of blocks that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvrag.bench.plots import new_figure, plain_numbers, save
+
+__all__ = ["plot_curve"]
+
+#: Okabe and Ito's colours: people who are colour-blind tell them apart.
+_LOOKS = {
+    "lru": ("#0072B2", "o"),
+    "lfu": ("#D55E00", "s"),
+    "cost": ("#009E73", "^"),
+    "s3-fifo": ("#CC79A7", "D"),
+}
+_OTHER = ("#000000", "v")
+_PANELS = (
+    ("get_us", "get, median (us)"),
+    ("put_us", "put that evicts, median (us)"),
+    ("bytes_per_block", "memory a block (bytes)"),
+)
+
+
+def plot_curve(folder: Path, points: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """A panel a figure, a line a policy, the number of blocks on a logarithmic axis.
+
+    Args:
+        points: the eviction benchmark's `curve`.
+
+    Returns:
+        The files `store_curve.png` and `.svg`.
+
+    Raises:
+        InputError: the folder cannot be written.
+        MissingExtraError: see `plots.check_plotting`.
+    """
+    figure = new_figure(11.4, 3.9)
+    handles: dict[str, Any] = {}
+    for at, (name, label) in enumerate(_PANELS, start=1):
+        axes = figure.add_subplot(1, len(_PANELS), at)
+        for policy in dict.fromkeys(str(point["policy"]) for point in points):
+            colour, marker = _LOOKS.get(policy, _OTHER)
+            of = sorted((p["blocks"], p[name]) for p in points if p["policy"] == policy)
+            blocks, values = zip(*of, strict=True)
+            (handles[policy],) = axes.plot(blocks, values, marker=marker, color=colour)
+        axes.set_xscale("log")
+        plain_numbers(axes.xaxis, (1,))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("blocks held")
+        axes.set_ylabel(label)
+        axes.grid(visible=True, linewidth=0.6, alpha=0.6)
+        axes.set_axisbelow(True)
+    figure.suptitle("What the store takes beside its tiers: processor time and memory")
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False
+    )
+    return save(figure, folder, "store_curve")
