@@ -23,6 +23,7 @@ from kvrag.bench import (
     ttft,
 )
 from kvrag.bench.peers import PEERS, peer_option
+from kvrag.bench.store.peers import STORE_PEERS
 from kvrag.config import Settings
 from kvrag.engine import Engine
 from kvrag.errors import InputError
@@ -239,13 +240,16 @@ def eviction_command(
     blocks: Annotated[
         str, typer.Option(metavar="N,M,…", help="Sizes of the store whose own cost is measured.")
     ] = "1000,10000,100000,1000000",
+    plot: Annotated[
+        Path | None, typer.Option(help="Folder for a picture (PNG and SVG); needs matplotlib.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws items and traces.")] = 0,
 ) -> None:
     """Hit rates of eviction policies, and what a store of many blocks takes in time and memory."""
     sizes = _numbers("--blocks", blocks)
     if min(sizes) < 2:
         raise InputError(f"--blocks is {blocks!r}; a store of fewer than 2 tells nothing")
-    options = eviction.EvictionOptions(items=items, k=k, blocks=sizes, seed=seed)
+    options = eviction.EvictionOptions(items=items, k=k, blocks=sizes, seed=seed, plot=plot)
     with _engine(context) as engine:
         eviction.run(engine, [_data_path(engine.settings, name) for name in data or ()], options)
 
@@ -259,11 +263,36 @@ def store_command(
     ] = 196_608,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks that are read in turn.")] = 4,
     repetitions: Annotated[int, typer.Option(min=1, help="Readings of each block.")] = 20,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="On the disk to measure; default: the system's temporary folder."),
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PYTHON",
+            help=f"Also measure another store ({', '.join(STORE_PEERS)}) in the environment of "
+            "that interpreter; may be repeated.",
+        ),
+    ] = None,
+    peer_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds for a peer to start, and for each answer.")
+    ] = 600,
 ) -> None:
-    """What the redis tier costs above a bare redis-py loop over the same fields."""
+    """How near each tier is to the speed of memory, disk and Redis. Opens no model."""
     if layer_bytes % 4096:
         raise InputError(f"--layer-bytes is {layer_bytes}; give a multiple of 4096")
-    options = store.StoreOptions(layers, layer_bytes, blocks, repetitions)
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"--folder is {folder}, which is no folder")
+    options = store.StoreOptions(
+        layers,
+        layer_bytes,
+        blocks,
+        repetitions,
+        folder=folder or Path(tempfile.gettempdir()),
+        peers=tuple(peer_option(text, names=STORE_PEERS, dtypes=()) for text in peer or ()),
+        peer_timeout_s=peer_timeout,
+    )
     store.run(_settings(context), options)
 
 
