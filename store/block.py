@@ -153,13 +153,16 @@ def verify_segments(header: BlockHeader, first: int, views: Sequence[memoryview]
     Raises `BlockFormatError`, and `ValueError` if the header has not so many.
     """
     parts = header.segments[first : first + len(views)]
+    digest = xxhash.xxh3_64_intdigest
     for index, (part, view) in enumerate(zip(parts, views, strict=True), start=first):
-        nbytes, wanted = len(view), part.padded_nbytes
-        if nbytes != wanted:
-            raise BlockFormatError(f"segment {index} must be {wanted} bytes, got {nbytes}")
-        if xxhash.xxh3_64_intdigest(view) != part.checksum:
-            raise BlockFormatError(f"the checksum of segment {index} does not match")
+        nbytes = len(view)
         padding = nbytes - part.length
+        if nbytes % ALIGNMENT or not 0 <= padding < ALIGNMENT:
+            raise BlockFormatError(
+                f"segment {index} must be {part.padded_nbytes} bytes, got {nbytes}"
+            )
+        if digest(view) != part.checksum:
+            raise BlockFormatError(f"the checksum of segment {index} does not match")
         # As bytes: two views are compared number by number, a hundred times slower.
         if padding and view[-padding:].tobytes() != _ZEROS[:padding]:
             raise BlockFormatError(f"the padding of segment {index} is not zero")

@@ -55,7 +55,7 @@ class Storage:
         self, backend: str, place: str, layers: int, tokens: int, layer_nbytes: int, blocks: int
     ) -> None:
         os.environ["LMCACHE_TRACK_USAGE"] = "false"
-        os.environ.setdefault("LMCACHE_LOG_LEVEL", "WARNING")
+        os.environ["LMCACHE_LOG_LEVEL"] = "WARNING"
         from importlib.metadata import version
 
         import torch
