@@ -217,12 +217,13 @@ class DiskTier(Tier):
         region = header_region_nbytes(head)
         if region > ALIGNMENT:
             head = read_range(descriptor, 0, region, self._buffers)
-        header = decode_header(head, expect_key=key)
+        region_bytes = head.tobytes()
+        header = self._headers.decoded(key, region_bytes) or decode_header(head, expect_key=key)
         if header.nbytes != status.st_size:
             raise BlockFormatError(
                 f"the block takes {header.nbytes} bytes, the file has {status.st_size}"
             )
-        self._headers.keep(key, status, header)
+        self._headers.keep(key, status, region_bytes, header)
         return header
 
     def _open_temporary(self, path: Path) -> tuple[int, Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import os
@@ -17,16 +17,25 @@ __all__ = ["HeaderCache"]
 _MOST = 256
 
 
+class _Kept(NamedTuple):
+    identity: tuple[int, ...]
+    region: bytes
+    header: BlockHeader
+
+
 class HeaderCache:
     """The headers read last. Thread-safe. A file that was replaced is not found here."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._headers: OrderedDict[BlockKey, tuple[tuple[int, ...], BlockHeader]] = OrderedDict()
+        self._headers: OrderedDict[BlockKey, _Kept] = OrderedDict()
 
-    def keep(self, key: BlockKey, status: os.stat_result, header: BlockHeader) -> None:
+    def keep(
+        self, key: BlockKey, status: os.stat_result, region: bytes, header: BlockHeader
+    ) -> None:
+        """`region`: the bytes that the header was decoded from."""
         with self._lock:
-            self._headers[key] = (_identity(status), header)
+            self._headers[key] = _Kept(_identity(status), region, header)
             self._headers.move_to_end(key)
             while len(self._headers) > _MOST:
                 self._headers.popitem(last=False)
@@ -34,8 +43,14 @@ class HeaderCache:
     def get(self, key: BlockKey, status: os.stat_result) -> BlockHeader | None:
         """The header kept of that very file."""
         with self._lock:
-            identity, header = self._headers.get(key, (None, None))
-            return header if identity == _identity(status) else None
+            kept = self._headers.get(key)
+            return kept.header if kept and kept.identity == _identity(status) else None
+
+    def decoded(self, key: BlockKey, region: bytes) -> BlockHeader | None:
+        """The header kept that was decoded from the same bytes."""
+        with self._lock:
+            kept = self._headers.get(key)
+            return kept.header if kept and kept.region == region else None
 
     def clear(self) -> None:
         with self._lock:
