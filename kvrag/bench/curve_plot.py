@@ -50,7 +50,7 @@ def plot_curve(folder: Path, points: Sequence[Mapping[str, Any]]) -> list[Path]:
         axes.set_xscale("log")
         plain_numbers(axes.xaxis, (1,))
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(point[name] for point in points))
         axes.set_xlabel("blocks held")
         axes.set_ylabel(label)
         axes.grid(visible=True, linewidth=0.6, alpha=0.6)
