@@ -55,6 +55,10 @@ class _Turned:
     def __getattr__(self, name):
         return getattr(self._stream, name)
 
+    def place_layer(self, place):
+        """What is placed where it lies would not be turned."""
+        return self.next_layer()
+
     def next_layer(self):
         index, self._next = self._next, self._next + 1
         layer = list(self._stream.next_layer())
