@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from .errors import CatalogError
@@ -105,6 +105,17 @@ def connect(path: Path, busy_timeout_s: float) -> sqlite3.Connection:
             db.close()
             raise
     return db
+
+
+def write_backup(db: sqlite3.Connection, path: Path, *statements: str) -> None:
+    """Write the database of this instant to a new file, and run `statements` there. Durable."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as copy:
+        db.backup(copy)
+        # One file, with no log beside it that would have to be moved along.
+        copy.execute("PRAGMA journal_mode = DELETE")
+        copy.execute("PRAGMA synchronous = FULL")
+        for statement in statements:
+            copy.execute(statement)
 
 
 def _use_wal(db: sqlite3.Connection, busy_timeout_s: float) -> None:

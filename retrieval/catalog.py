@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from ._sqlite import connect, translated
+from ._sqlite import connect, translated, write_backup
 from .documents import Document
 from .errors import CatalogError
 from .records import ChunkInput, Counts, DeletedDocument, StoredChunk, StoredDocument
@@ -367,6 +367,13 @@ class Catalog:
             after = rows[-1][0]
             yield from (key for (key,) in rows)
 
+    def block_chunks(self, key: str) -> list[int]:
+        """The ids of the chunks that refer to a block, ascending."""
+        rows = self._rows(
+            "SELECT DISTINCT chunk_id FROM block_refs WHERE block_key = ? ORDER BY 1", (key,)
+        )
+        return [chunk_id for (chunk_id,) in rows]
+
     def chunks_without_block(self, namespace: str, scope: str) -> Iterator[int]:
         """Yield the ids of chunks that have no block in `scope`, ascending."""
         for (chunk_id,) in self._pages(
@@ -434,6 +441,22 @@ class Catalog:
         """
         rows = self._rows("SELECT generation FROM namespaces WHERE namespace = ?", (namespace,))
         return int(rows[0][0]) if rows else 0
+
+    # ---- copies -------------------------------------------------------------------------------
+
+    def write_copy(self, path: Path | str) -> None:
+        """Write the catalog of this instant to `path`, without its references to blocks.
+
+        The copy has the same identity and generations, so that a vector index fits both. `path`
+        must not exist; what a failure leaves there is for the caller to remove. Raises
+        CatalogError.
+        """
+        with self._lock, translated(self._path):
+            write_backup(self._db, Path(path), "DELETE FROM block_refs")
+
+    def generations(self) -> dict[str, int]:
+        """`generation` of every namespace that documents were ever added to."""
+        return {name: self.generation(name) for name in self.namespaces()}
 
     # ---- helpers ------------------------------------------------------------------------------
 

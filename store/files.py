@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["create_once", "make_folders", "open_new", "read_start", "sync_folder", "write_all"]
+__all__ = [
+    "create_once",
+    "link_once",
+    "make_folders",
+    "open_new",
+    "read_start",
+    "sync_folder",
+    "write_all",
+]
 
 
 def sync_folder(folder: Path) -> None:
@@ -69,13 +77,30 @@ def create_once(path: Path, data: bytes) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        # A link, not a rename: it fails if another process was first.
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)
+        _name_once(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def link_once(temporary: Path, path: Path) -> None:
+    """Give a whole file in the same folder its name, durably, unless there is one of that name.
+
+    The file stays under its old name, too. Raises `OSError`.
+    """
+    descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    _name_once(temporary, path)
+
+
+def _name_once(temporary: Path, path: Path) -> None:
+    # A link, not a rename: it fails if another process was first.
+    with contextlib.suppress(FileExistsError):
+        os.link(temporary, path)
     # Also by the one that came second: it must not build on a name that may still be lost.
-    sync_folder(folder)
+    sync_folder(path.parent)
 
 
 def read_start(path: Path, nbytes: int) -> tuple[bytes, bool]:

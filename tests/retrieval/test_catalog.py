@@ -102,8 +102,33 @@ def test_block_references_by_scope(catalog):
     assert list(catalog.chunks_without_block("default", "m1")) == ids[1:]
     assert list(catalog.chunks_without_block("default", "m3")) == ids
     assert list(catalog.block_keys()) == ["key-1", "key-2"]
+    assert catalog.add_block_ref("key-2", ids[2], "m2")
+    assert catalog.block_chunks("key-2") == [ids[0], ids[2]]
+    assert catalog.block_chunks("key-3") == []
     assert catalog.forget_block("key-1") == 1
     assert list(catalog.chunks_without_block("default", "m1")) == ids
+
+
+def test_a_copy_is_the_same_catalog_without_references(catalog, tmp_path):
+    """With what another connection has written and not yet moved out of its log."""
+    add(catalog, 1, chunks=3)
+    with Catalog.open(catalog.path) as other:
+        add(other, 2, namespace="other")
+        ids = other.document_chunks("default", make_document(1).id)
+        other.add_block_ref("key-1", ids[0], "m1")
+        path = tmp_path / "copy.sqlite"
+        catalog.write_copy(path)
+    assert [file.name for file in tmp_path.glob("copy.sqlite*")] == [path.name]
+    with Catalog.open(path) as copy:
+        assert copy.identity == catalog.identity
+        assert copy.generations() == catalog.generations()
+        assert set(copy.generations()) == {"default", "other"}
+        assert copy.chunk(ids) == catalog.chunk(ids)
+        assert list(copy.block_keys()) == []
+        assert copy.add_block_ref("key-2", ids[0], "m2")
+        add(copy, 3)
+        assert copy.generations() != catalog.generations()
+    assert list(catalog.block_keys()) == ["key-1"]
 
 
 def test_iterators_page_and_see_changes(catalog):
