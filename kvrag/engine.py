@@ -37,6 +37,7 @@ from kvrag.generation.graph import GraphedDecoding
 from kvrag.generation.kv_memory import KVMemory
 from kvrag.generation.params import GenerationParams
 from kvrag.generation.prefix_cache import PrefixCache
+from kvrag.home import Home
 from kvrag.kernels.native import NativeUnpack
 from kvrag.models.forward import extend
 from kvrag.models.source import Model, open_model
@@ -105,15 +106,15 @@ class Engine:
         self.controller = Controller(self.model.decoder)
         self._on_device = DeviceLoading.of(self.model.decoder.device, settings.device_bytes)
         self._graphed = GraphedDecoding(self.model.decoder) if device.type == "cuda" else None
-        home = settings.home
+        self._home = home = Home(settings.home)
         try:
             # Texts of documents lie here: for nobody else to read.
-            home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            home.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as exc:
-            raise SettingsError(f"home {home} cannot be made: {exc.strerror}") from exc
+            raise SettingsError(f"home {home.path} cannot be made: {exc.strerror}") from exc
         sealer = open_sealer(settings)
         self._keys = KeyMaker(
-            load_or_create_secret(home / "key.secret"),
+            load_or_create_secret(home.secret),
             sealed_by=sealer.key_id if sealer is not None else "",
         )
         self.store = TieredStore(tier_slots(settings, sealer))
@@ -122,7 +123,7 @@ class Engine:
         self._corpus_made = False
         self._closed = False
         try:
-            self._catalog = Catalog.open(home / "catalog.sqlite")
+            self._catalog = Catalog.open(home.catalog)
             self._codec = self._opened_codec()
             self._references = References(self._catalog, self.store)
             self._layout = self._fixed_layout(settings.instruction)
@@ -381,6 +382,11 @@ class Engine:
         corpus, _, _ = self._open_corpus()
         return corpus.catalog.counts(corpus.namespace)
 
+    def block_kinds(self) -> list[ChunkBlocks]:
+        """What chunks of the corpus, and passages of requests, are looked for in, each once."""
+        kinds = (*self._open_corpus()[1].all, *self.passage_blocks.all)
+        return list({kind.scope: kind for kind in kinds}.values())
+
     def stats(self) -> StoreStats:
         """Counters and sizes of the store's tiers."""
         self._check_open()
@@ -533,7 +539,7 @@ class Engine:
         settings = self.settings
         return Corpus(
             self._catalog,
-            settings.home / "index",
+            self._home.index,
             self.model.tokenizer,
             namespace=settings.namespace,
             embedder=settings.embedder,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from kvrag.config import Settings
-from kvrag.errors import MissingExtraError
+from kvrag.errors import MissingExtraError, SettingsError
+from kvrag.home import Home
 from kvrag.store.buffers import aligned_buffer
 from kvrag.store.disk import DiskTier
 from kvrag.store.encryption_key import agree_on_key, key_from_text, read_key_file
@@ -15,7 +16,7 @@ from kvrag.store.sealing import Sealer
 from kvrag.store.tier import Tier
 from kvrag.store.tiered import Limits, TierSlot
 
-__all__ = ["open_sealer", "tier_slots"]
+__all__ = ["open_redis", "open_sealer", "open_tier", "sealer_of", "tier_slots"]
 
 
 def open_sealer(settings: Settings) -> Sealer | None:
@@ -25,18 +26,23 @@ def open_sealer(settings: Settings) -> Sealer | None:
         MissingExtraError: a key is set and `cryptography` is not installed.
         EncryptionKeyError: it is no key, or not the one that the home was made with.
     """
-    sealer = None
+    sealer = sealer_of(settings)
+    agree_on_key(Home(settings.home).encryption_id, sealer.key_id if sealer is not None else "")
+    return sealer
+
+
+def sealer_of(settings: Settings) -> Sealer | None:
+    """As `open_sealer`, without asking whether the key is the home's."""
     try:
         if settings.encryption_key is not None:
-            sealer = Sealer(key_from_text(settings.encryption_key.get_secret_value()))
-        elif settings.encryption_key_file is not None:
-            sealer = Sealer(read_key_file(settings.encryption_key_file))
+            return Sealer(key_from_text(settings.encryption_key.get_secret_value()))
+        if settings.encryption_key_file is not None:
+            return Sealer(read_key_file(settings.encryption_key_file))
     except ImportError as exc:
         raise MissingExtraError(
             "an encryption key is set, which needs cryptography: pip install 'kvrag[encryption]'"
         ) from exc
-    agree_on_key(settings.home / "encryption.id", sealer.key_id if sealer is not None else "")
-    return sealer
+    return None
 
 
 def tier_slots(settings: Settings, sealer: Sealer | None = None) -> list[TierSlot]:
@@ -66,7 +72,7 @@ def tier_slots(settings: Settings, sealer: Sealer | None = None) -> list[TierSlo
             admission=settings.ram_admission,
         ),
         TierSlot(
-            outside(DiskTier(settings.home / "kv", fsync=settings.disk_fsync == "always")),
+            outside(open_tier(settings, "disk")),
             Limits(
                 settings.disk_bytes,
                 namespace_nbytes=settings.namespace_disk_bytes,
@@ -78,15 +84,36 @@ def tier_slots(settings: Settings, sealer: Sealer | None = None) -> list[TierSlo
         ),
     ]
     if settings.redis_url is not None:
-        redis = _redis(settings, settings.redis_url.get_secret_value())
-        slots.append(TierSlot(outside(redis), settings.redis_bytes))
+        slots.append(TierSlot(outside(open_tier(settings, "redis")), settings.redis_bytes))
     return slots
 
 
-def _redis(settings: Settings, url: str) -> RedisTier:
+def open_tier(settings: Settings, name: str) -> Tier:
+    """The home's `disk`, or `redis`; as it lies there, sealed or not.
+
+    Raises:
+        SettingsError: redis is asked for, and redis_url is not set.
+        MissingExtraError: redis-py is not installed.
+        TierError: the home's disk cannot be used.
+    """
+    if name == "disk":
+        return DiskTier(Home(settings.home).kv, fsync=settings.disk_fsync == "always")
+    if settings.redis_url is None:
+        raise SettingsError("redis is asked for, and setting 'redis_url' names none")
+    return open_redis(settings, settings.redis_url.get_secret_value())
+
+
+def open_redis(settings: Settings, url: str, *, name: str = "redis") -> RedisTier:
+    """The Redis that `url` names, used as the settings say.
+
+    Raises:
+        RedisUrlError: `url` names none; the message shows no secret.
+        MissingExtraError: redis-py is not installed.
+    """
     try:
         return RedisTier(
             url,
+            name,
             prefix=settings.redis_prefix,
             ttl_s=settings.redis_ttl_s,
             connect_timeout_s=settings.redis_connect_timeout_s,
@@ -95,7 +122,7 @@ def _redis(settings: Settings, url: str) -> RedisTier:
         )
     except ImportError as exc:
         raise MissingExtraError(
-            "redis_url is set, which needs redis-py: pip install 'kvrag[redis]'"
+            "a Redis is named, which needs redis-py: pip install 'kvrag[redis]'"
         ) from exc
 
 

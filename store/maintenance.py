@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .keys import BlockKey
     from .tier import Tier
 
-__all__ = ["Copied", "Finding", "copy_blocks", "read_block", "verify_blocks"]
+__all__ = ["Copied", "Finding", "copy_blocks", "read_block", "read_settled", "verify_blocks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +34,14 @@ class Finding:
 class Copied:
     """One block that was to be copied. `present`: the target had it, and it was not written again.
 
-    `damage`: the source's copy is damaged, and was left out.
+    `left_out`: the source's copy is sound, and there is no place for it in the target. `why`: in a
+    sentence, what is damaged, or why it was left out. `nbytes`: in the target.
     """
 
     key: BlockKey
     nbytes: int
-    outcome: Literal["copied", "present", "damaged"]
-    damage: str | None = None
+    outcome: Literal["copied", "present", "damaged", "left_out"]
+    why: str | None = None
 
 
 def read_block(tier: Tier, key: BlockKey) -> Block | None:
@@ -61,7 +62,7 @@ def verify_blocks(tier: Tier, keys: Iterable[BlockKey], *, repair: bool) -> Iter
     """
     for key in keys:
         try:
-            block = _read_settled(tier, key)
+            block = read_settled(tier, key)
         except BlockFormatError as exc:
             if repair:
                 tier.quarantine(key)
@@ -71,13 +72,13 @@ def verify_blocks(tier: Tier, keys: Iterable[BlockKey], *, repair: bool) -> Iter
                 yield Finding(key, block.nbytes, None)
 
 
-def copy_blocks(source: Tier, target: Tier) -> Iterator[Copied]:
+def copy_blocks(source: Tier, target: Tier, keys: Iterable[BlockKey]) -> Iterator[Copied]:
     """Copy what the target does not have yet, so that a copy that was cut short is taken up again.
 
     A block that the target has is compared by its header, which holds the checksums of all that is
-    behind it. Raises `TierError`.
+    behind it. A block that is gone meanwhile is left out. Raises `TierError`.
     """
-    for key in source.keys():  # noqa: SIM118 - a tier is no mapping
+    for key in keys:
         try:
             header = source.header(key)
             if header is None:
@@ -85,7 +86,7 @@ def copy_blocks(source: Tier, target: Tier) -> Iterator[Copied]:
             if _has(target, key, header):
                 yield Copied(key, header.nbytes, "present")
                 continue
-            block = _read_settled(source, key)
+            block = read_settled(source, key)
         except BlockFormatError as exc:
             yield Copied(key, 0, "damaged", str(exc))
             continue
@@ -101,10 +102,10 @@ def _has(tier: Tier, key: BlockKey, header: object) -> bool:
         return False
 
 
-def _read_settled(tier: Tier, key: BlockKey) -> Block | None:
+def read_settled(tier: Tier, key: BlockKey) -> Block | None:
     """As `read_block`, and once more if it is damaged: it may have been replaced while it was read.
 
-    Raises `BlockFormatError` for what is damaged both times.
+    Raises `BlockFormatError` for what is damaged both times, and `TierError`.
     """
     try:
         return read_block(tier, key)

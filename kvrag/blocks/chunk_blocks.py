@@ -18,12 +18,15 @@ from kvrag.generation.kv_cache import KVCache
 from kvrag.generation.prefix_cache import PrefixCache
 from kvrag.models.forward import append
 from kvrag.models.source import Model
-from kvrag.store.block import Block, encode_block
-from kvrag.store.codecs import Codec
+from kvrag.store.block import Block, BlockHeader, encode_block
+from kvrag.store.codecs import Codec, RawCodec
 from kvrag.store.keys import BlockKey, KeyMaker
 from kvrag.store.tiered import BlockReader, PutOutcome, TieredStore
 
 __all__ = ["ChunkBlocks"]
+
+#: The codec whose blocks have every bit of what was computed.
+_LOSSLESS = RawCodec()
 
 
 class ChunkBlocks:
@@ -120,6 +123,58 @@ class ChunkBlocks:
             segments.append(self.codec.encode(k, v, layer=len(segments)))
 
         append(decoder, token_ids, cache, sink=encode)
+        return self._block(token_ids, segments)
+
+    def owns(self, header: BlockHeader, keys: KeyMaker) -> bool:
+        """Whether that block, under whatever codec and made with `keys`, is of these."""
+        if (header.kind, header.fingerprint) != ("chunk", self._model.fingerprint):
+            return False
+        return header.key == keys.key(
+            namespace=self._namespace,
+            kind="chunk",
+            fingerprint=header.fingerprint,
+            codec=header.codec,
+            codec_version=header.codec_version,
+            codec_digest=header.codec_digest,
+            prefix_ids=self.prefix_ids,
+            token_ids=header.token_ids,
+        )
+
+    def can_recode(self, header: BlockHeader) -> bool:
+        """Whether a block of that header becomes, without a pass, what `compute` makes.
+
+        Only what lost nothing does, and what this very codec made: a key says how its block was
+        rounded, and what was rounded twice must not pass for what was rounded once.
+        """
+        shape = self._shape(header.token_ids)
+        if (header.k_shape, header.v_shape, header.dtype) != (shape, shape, self._dtype):
+            return False
+        return header.codec == _LOSSLESS.name or self._made(header)
+
+    @torch.inference_mode()
+    def recoded(self, block: Block) -> Block:
+        """The block of the same chunk under this codec. Ask `can_recode` first.
+
+        Raises:
+            BlockFormatError, UnencodableError: its numbers cannot be read, or not be encoded.
+        """
+        header = block.header
+        segments: list[Buffer] = []
+        for layer, (part, segment) in enumerate(zip(header.segments, block.segments, strict=True)):
+            if self._made(header):
+                segments.append(memoryview(segment)[: part.length])
+            else:
+                k, v = _LOSSLESS.decode(segment, header)
+                segments.append(self.codec.encode(k, v, layer=layer))
+        return self._block(header.token_ids, segments)
+
+    def _made(self, header: BlockHeader) -> bool:
+        """Whether this codec made the block, with these parameters."""
+        codec = self.codec
+        made_by = (header.codec, header.codec_version, header.codec_digest)
+        return made_by == (codec.name, codec.version, codec.params_digest)
+
+    def _block(self, token_ids: Sequence[int], segments: Sequence[Buffer]) -> Block:
         shape = self._shape(token_ids)
         return encode_block(
             key=self.key(token_ids),

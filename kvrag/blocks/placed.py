@@ -35,6 +35,11 @@ class PlacedBlocks:
         """The ids that chunks are computed behind, at the first place and at later ones."""
         return self.first.prefix_ids, self._later.prefix_ids
 
+    @property
+    def all(self) -> tuple[ChunkBlocks, ...]:
+        """For every place, each once."""
+        return (self.first,) if self._later is self.first else (self._later, self.first)
+
     def later(self, token_ids: Sequence[int]) -> ChunkBlocks:
         """Those for a chunk behind others; `first` where the model's context is too short."""
         return self._later if self._later.fits(token_ids) else self.first

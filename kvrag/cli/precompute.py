@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,15 +18,12 @@ from kvrag.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from kvrag.precompute.job import Progress
+    from kvrag.upkeep.standing import Standing
 
 __all__ = ["precompute"]
 
 _EXIT_SKIPPED = 3
-#: Without a terminal, a line this often.
-_LINE_EVERY_S = 10.0
 
 
 def precompute(
@@ -53,9 +48,14 @@ def precompute(
 
     # A path that does not exist is found here, before a model is opened.
     documents = load(paths, max_bytes=settings.max_document_bytes) if paths else None
+    from kvrag.cli.bar import shown
     from kvrag.engine import Engine
 
-    with Engine.open(settings) as engine, _shown() as report:
+    with Engine.open(settings) as engine, shown() as show_standing:
+
+        def report(progress: Progress) -> None:
+            show_standing(_standing(progress))
+
         progress = engine.complete(report) if documents is None else engine.add(documents, report)
     seen = progress.documents_added + progress.documents_known + len(progress.skipped)
     if paths and not seen:
@@ -101,66 +101,17 @@ def _sentence(progress: Progress) -> str:
     )
 
 
-def _standing(progress: Progress) -> str:
-    """Where the job is, in a few words."""
-    documents = progress.documents_added + progress.documents_known
+def _standing(progress: Progress) -> Standing:
+    """Where the job is: among the documents, and then among their chunks."""
+    from kvrag.upkeep.standing import Standing
+
     if progress.total_chunks is None:
-        return f"{documents} documents, {len(progress.skipped)} skipped"
+        documents = progress.documents_added + progress.documents_known
+        return Standing("documents", documents, words=f"{len(progress.skipped)} skipped")
     words = [
         f"{progress.tokens_per_s:.0f} tokens/s",
         format_bytes(progress.bytes_written),
     ]
     if (left_s := progress.remaining_s) is not None:
         words.append(f"{format_seconds(left_s)} left")
-    return ", ".join(words)
-
-
-@contextmanager
-def _shown() -> Iterator[Callable[[Progress], None]]:
-    """What the job calls to show where it is: a bar on a terminal, else a line now and then."""
-    if not sys.stderr.isatty():
-        yield _line_writer()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[standing]}", markup=False),
-    )
-    # Four times a second: the job needs the processor more than the bar does.
-    with Bar(*columns, console=Console(stderr=True), refresh_per_second=4, transient=True) as bar:
-        task = bar.add_task("documents", total=None, standing="")
-
-        def report(progress: Progress) -> None:
-            computing = progress.total_chunks is not None
-            added = progress.documents_added + progress.documents_known
-            bar.update(
-                task,
-                description="chunks" if computing else "documents",
-                total=progress.total_chunks,
-                completed=progress.chunks_done if computing else added,
-                standing=_standing(progress),
-            )
-
-        yield report
-
-
-def _line_writer() -> Callable[[Progress], None]:
-    next_s = time.monotonic() + _LINE_EVERY_S
-
-    def report(progress: Progress) -> None:
-        nonlocal next_s
-        if time.monotonic() < next_s:
-            return
-        next_s = time.monotonic() + _LINE_EVERY_S
-        if progress.total_chunks is None:
-            sys.stderr.write(f"{_standing(progress)}\n")
-        else:
-            done = f"{progress.chunks_done} of {progress.total_chunks} chunks"
-            sys.stderr.write(f"{done}, {_standing(progress)}\n")
-
-    return report
+    return Standing("chunks", progress.chunks_done, progress.total_chunks, ", ".join(words))

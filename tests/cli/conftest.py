@@ -16,6 +16,8 @@ import pytest
 from kvrag.cli.main import run
 from tests.tiny import make_tiny_embedder, make_tiny_model
 
+from .homes import TEXT
+
 CHUNK_TOKENS = 64
 
 
@@ -92,3 +94,11 @@ def execute(*arguments: object, **options: Any) -> Result:
     with start(*arguments, **options) as process:
         out, err = process.communicate(timeout=240)
     return Result(process.returncode, out, err)
+
+
+@pytest.fixture
+def home(kvrag, environment, tmp_path) -> Path:
+    """A home with a corpus of a few blocks."""
+    (tmp_path / "karsk.txt").write_text(TEXT * 12)
+    assert kvrag("precompute", tmp_path / "karsk.txt").code == 0
+    return Path(environment["KVRAG_HOME"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvrag.cli.advise import parse_tier
+from kvrag.cli.store.advise import parse_tier
 from kvrag.errors import InputError
 
 

@@ -141,7 +141,7 @@ def test_a_home_that_cannot_be_made(kvrag, tmp_path):
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(kvrag, tmp_path, monkeypatch):
-    monkeypatch.setattr("kvrag.cli.precompute._LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("kvrag.cli.bar._LINE_EVERY_S", 0.0)
     result = kvrag("precompute", write_documents(tmp_path / "docs", 2))
     assert result.code == 0
     assert "1 documents, 0 skipped" in result.err
@@ -151,16 +151,17 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(kvrag, tmp_path, mon
 
 def test_the_bar_draws(capsys, monkeypatch):
     """The terminal's form, into a string; that it moves on a real one is for the eye."""
-    from kvrag.cli import precompute as module
+    from kvrag.cli.bar import shown
+    from kvrag.cli.precompute import _standing
     from kvrag.precompute.job import Progress
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     progress = Progress(documents_added=2)
-    with module._shown() as report:
-        report(progress)
+    with shown() as report:
+        report(_standing(progress))
         progress.total_chunks, progress.chunks_done, progress.tokens_computed = 4, 1, 50
         progress.seconds = 2.0
-        report(progress)
+        report(_standing(progress))
     drawn = capsys.readouterr().err
     assert "1/4" in drawn
     assert "25 tokens/s" in drawn

@@ -1,4 +1,4 @@
-"""`kvrag store ls`, `verify`, `gc` and `copy` over real homes."""
+"""`kvrag store ls`, `verify` and `gc` over real homes; `copy`: test_store_copy.py."""
 
 from __future__ import annotations
 
@@ -8,35 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from kvrag.store.disk import DiskTier
+from kvrag.store.redis import RedisTier
 from tests.store.helpers import make_block, make_key
 
-TEXT = "Anna keeps the lamp of Karsk. She lights it at dusk and tends it until the morning comes. "
-
-
-@pytest.fixture
-def home(kvrag, environment, tmp_path):
-    """A home with a corpus of a few blocks."""
-    (tmp_path / "karsk.txt").write_text(TEXT * 12)
-    assert kvrag("precompute", tmp_path / "karsk.txt").code == 0
-    return Path(environment["KVRAG_HOME"])
-
-
-def block_files(home):
-    return sorted((home / "kv" / "blocks").rglob("*.kv"))
-
-
-def put_orphan(home, name="orphan"):
-    with DiskTier(home / "kv") as tier:
-        tier.put(make_key(name), make_block(name))
-    (path,) = (home / "kv").rglob(f"{make_key(name).digest}.kv")
-    return path
-
-
-def flip(path, position=-100):
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
+from .homes import block_files, flip, put_orphan
 
 
 def test_ls(kvrag, home):
@@ -129,52 +104,6 @@ def test_gc_without_a_catalog_is_refused(kvrag, home):
     assert block_files(home)
 
 
-def test_copy_is_whole_and_goes_on(kvrag, home, tmp_path):
-    target = tmp_path / "copy"
-    count = len(block_files(home))
-    assert kvrag("store", "copy", home, target, "--json").json["copied"] == count
-    names = [path.relative_to(home) for path in block_files(home)]
-    assert [path.relative_to(target) for path in block_files(target)] == names
-    assert all((home / name).read_bytes() == (target / name).read_bytes() for name in names)
-    assert (target / "key.secret").read_bytes() == (home / "key.secret").read_bytes()
-    (target / names[0]).unlink()
-    flip(target / names[1], 40)
-    again = kvrag("store", "copy", home, target, "--json").json
-    assert (again["copied"], again["present"], again["damaged"]) == (2, count - 2, 0)
-    assert (home / names[1]).read_bytes() == (target / names[1]).read_bytes()
-
-
-def test_copy_leaves_damage_out(kvrag, home, tmp_path):
-    flip(block_files(home)[0])
-    result = kvrag("store", "copy", home / "kv", tmp_path / "tier", "--json")
-    assert result.code == 4
-    assert result.json["damaged"] == 1
-    assert "is left out" in result.err
-
-
-@pytest.mark.parametrize(
-    ("make", "said"),
-    [
-        (lambda home, other: (other, home), "is no folder"),
-        (lambda home, other: (home, home), "to itself"),
-        (lambda home, other: (home / "index", other), "neither a home nor"),
-    ],
-)
-def test_copies_that_are_refused(kvrag, home, tmp_path, make, said):
-    result = kvrag("store", "copy", *make(home, tmp_path / "none"))
-    assert result.code == 2
-    assert said in result.error
-
-
-def test_a_home_of_another_secret_is_no_target(kvrag, home, tmp_path):
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "key.secret").write_bytes(b"x" * 32)
-    result = kvrag("store", "copy", home, tmp_path / "other")
-    assert result.code == 2
-    assert "key secret of its own" in result.error
-    assert not (tmp_path / "other" / "kv").exists()
-
-
 @pytest.mark.parametrize("command", ["ls", "verify", "gc"])
 def test_no_home_is_made(kvrag, environment, command):
     result = kvrag("store", command)
@@ -188,3 +117,53 @@ def test_policies_are_shown(kvrag, home):
     facts = kvrag(*options, "store", "stat", "--json").json
     assert [tier["policy"] for tier in facts["tiers"]] == ["s3-fifo", "cost"]
     assert kvrag("--set", "ram_policy=mru", "store", "stat").code == 2
+
+
+@pytest.fixture
+def server(tmp_path):
+    pytest.importorskip("redis", reason="the extra redis is not installed")
+    from tests.store.redis_server import RedisServer
+
+    with RedisServer(tmp_path / "redis") as server:
+        yield server
+
+
+@pytest.mark.redis
+def test_redis_is_looked_into(kvrag, home, server, monkeypatch):
+    """`ls` and `verify` of a Redis that the corpus was copied to; `gc` leaves it alone."""
+    count = len(block_files(home))
+    assert kvrag("store", "ls", "--tier", "redis").code == 2  # none is named
+    monkeypatch.setenv("KVRAG_REDIS_URL", server.url)
+    assert kvrag("store", "copy", home, server.url).code == 0
+    with RedisTier(server.url) as tier:
+        tier.put(make_key("other"), make_block("other"))
+    facts = kvrag("store", "ls", "--tier", "redis", "--json").json
+    assert (facts["tier"], facts["total"]) == ("redis", count)
+    assert all(row["corpus"] and row["codec"] == "raw" for row in facts["blocks"])
+    sound = kvrag("store", "verify", "--json")
+    assert (sound.code, sound.json["blocks"]) == (0, 2 * count + 1)
+    assert kvrag("store", "gc", "--json").json["orphans"] == 0
+    with server.client() as client:
+        name = f"kvrag:{facts['blocks'][0]['key']}"
+        segment = bytearray(client.hget(name, "0"))
+        segment[5] ^= 1
+        client.hset(name, "0", bytes(segment))
+    found = kvrag("store", "verify", "--json")
+    assert found.code == 4
+    (row,) = found.json["damaged"]
+    assert (row["tier"], row["key"], row["corpus"]) == ("redis", facts["blocks"][0]["key"], True)
+    monkeypatch.setattr("kvrag.engine.Engine.open", lambda *_: pytest.fail("a model was opened"))
+    assert kvrag("store", "verify", "--repair", "--json").json["repaired"] == 1
+    assert kvrag("store", "verify", "--json").json["blocks"] == 2 * count
+
+
+@pytest.mark.redis
+def test_a_redis_that_is_gone_is_told_of(kvrag, home, server, monkeypatch):
+    monkeypatch.setenv("KVRAG_REDIS_URL", f"redis://:sesame@127.0.0.1:{server.port}/0")
+    server.kill()
+    result = kvrag("store", "verify", "--json")
+    assert result.code == 1
+    assert result.json["blocks"] == len(block_files(home))
+    assert list(result.json["unreachable"]) == ["redis"]
+    assert "was not read" in result.err
+    assert "sesame" not in result.out + result.err

@@ -1,0 +1,40 @@
+"""`kvrag store gc`: delete what nobody needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from kvrag.cli.common import JsonOption, format_bytes, print_json, settings_of, show
+
+__all__ = ["gc"]
+
+
+def gc(
+    context: typer.Context,
+    unused_days: Annotated[
+        float, typer.Option(min=0, help="Keep orphans used in that many days; default none.")
+    ] = 0.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete blocks that no corpus refers to, what crashes left half written, and the quarantine.
+
+    On disk, of all namespaces. Blocks of passages that requests brought are such, too: they are
+    computed again when they come again.
+    """
+    from kvrag.home import existing_home
+    from kvrag.upkeep.collecting import collect
+
+    home = existing_home(settings_of(context))
+    found = collect(home, unused_s=unused_days * 86_400, dry_run=dry_run)
+    if as_json:
+        print_json(dataclasses.asdict(found) | {"deleted": not dry_run})
+        return
+    show(
+        f"{'would delete' if dry_run else 'deleted'} {found.orphans} blocks that no corpus refers "
+        f"to, {found.leftovers} half-written files and {found.quarantined} of the quarantine: "
+        f"{format_bytes(found.nbytes)}"
+    )

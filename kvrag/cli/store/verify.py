@@ -1,0 +1,59 @@
+"""`kvrag store verify`: read every block anew."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from kvrag.cli.common import JsonOption, format_bytes, one_line, print_json, settings_of, show
+
+__all__ = ["verify"]
+
+_EXIT_FAILED, _EXIT_DAMAGED = 1, 4
+
+
+def verify(
+    context: typer.Context,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="Put damaged blocks aside, and compute those of the corpus again."
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Read every block on disk, and in Redis if there is one, anew, of all namespaces.
+
+    Exits with 4 if one stays damaged, else with 1 if Redis could not be read.
+    """
+    from kvrag.cli.bar import shown
+    from kvrag.upkeep.checking import check_blocks
+
+    settings = settings_of(context)
+    with shown() as report:
+        checked = check_blocks(settings, repair=repair, report=report)
+    damaged = [
+        {"tier": row.tier, "key": str(row.key), "corpus": row.corpus, "damage": row.damage}
+        for row in checked.damaged
+    ]
+    if as_json:
+        facts = {"blocks": checked.blocks, "nbytes": checked.nbytes, "damaged": damaged}
+        facts |= {"repaired": checked.repaired, "lacking": list(map(str, checked.lacking))}
+        print_json(facts | {"unreachable": checked.unreachable})
+    else:
+        show(*(f"{row['key']} in {row['tier']}: {row['damage']}" for row in damaged))
+        show(
+            f"{checked.blocks - len(damaged)} of {checked.blocks} blocks are sound, "
+            f"{format_bytes(checked.nbytes)}; {checked.repaired} repaired"
+        )
+        if checked.lacking:
+            lacking = len(checked.lacking)
+            show(f"{lacking} belong to another model, codec or namespace: precompute there")
+    for tier, reason in checked.unreachable.items():
+        sys.stderr.write(f"warning: {one_line(f'tier {tier} was not read: {reason}')}\n")
+    if len(damaged) > checked.repaired:
+        raise typer.Exit(_EXIT_DAMAGED)
+    if checked.unreachable:
+        raise typer.Exit(_EXIT_FAILED)

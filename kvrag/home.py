@@ -1,0 +1,58 @@
+"""A home: which thing lies in it under which name, and what its corpora refer to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvrag.config import Settings
+from kvrag.errors import SettingsError
+from kvrag.retrieval.catalog import Catalog
+from kvrag.store.keys import BlockKey
+
+__all__ = ["Home", "existing_home"]
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Names in one folder. Touches nothing but where a method says so."""
+
+    path: Path
+
+    @property
+    def secret(self) -> Path:
+        """The key secret. A folder that has one is a home."""
+        return self.path / "key.secret"
+
+    @property
+    def encryption_id(self) -> Path:
+        """Tells which encryption key the home was made with; absent if it has none."""
+        return self.path / "encryption.id"
+
+    @property
+    def catalog(self) -> Path:
+        return self.path / "catalog.sqlite"
+
+    @property
+    def index(self) -> Path:
+        """The folder of vector indexes."""
+        return self.path / "index"
+
+    @property
+    def kv(self) -> Path:
+        """The folder of the disk tier."""
+        return self.path / "kv"
+
+    def referred_keys(self) -> set[BlockKey] | None:
+        """Blocks that a corpus of the home refers to; None without a catalog."""
+        if not self.catalog.is_file():
+            return None
+        with Catalog.open(self.catalog) as catalog:
+            return {BlockKey.parse(key) for key in catalog.block_keys()}
+
+
+def existing_home(settings: Settings) -> Home:
+    """The home of the settings. Raises SettingsError if there is none: looking makes none."""
+    if not settings.home.is_dir():
+        raise SettingsError(f"home {settings.home} does not exist; `kvrag precompute` makes it")
+    return Home(settings.home)

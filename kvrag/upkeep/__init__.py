@@ -1,0 +1,1 @@
+"""Keeping stored KV in order: checking it, deleting what nobody needs, copying it elsewhere."""
