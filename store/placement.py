@@ -61,10 +61,14 @@ class Placement:
     `writing.held(key)`. Methods ending in `_held` expect that of the caller.
     """
 
-    def __init__(self, slots: Sequence[Slot], *, write_back_nbytes: int) -> None:
+    def __init__(
+        self, slots: Sequence[Slot], *, write_back_nbytes: int, write_back_pauses_s: Sequence[float]
+    ) -> None:
         self.slots = tuple(slots)
         self.writing = KeyLocks()
-        self.write_back = WriteBack(self._write_back, most_nbytes=write_back_nbytes)
+        self.write_back = WriteBack(
+            self._write_back, most_nbytes=write_back_nbytes, pauses_s=write_back_pauses_s
+        )
         self._lock = threading.Lock()
         self._protected: set[bytes] = set()
         for slot in self.slots:
@@ -241,11 +245,12 @@ class Placement:
             source.ledger.unpin(receipt)
         return False
 
-    def _write_back(self, pending: Pending) -> None:
+    def _write_back(self, pending: Pending) -> bool:
+        """Whether it is worth another try."""
         key = pending.key
         with self.writing.held(key):
             if not self.write_back.is_owed():
-                return
+                return False
             try:
                 with pending.source.asked():
                     block = read_block(pending.source.tier, key)
@@ -254,14 +259,16 @@ class Placement:
             except BlockFormatError as exc:
                 # A bit that flipped in memory must not be made durable.
                 self.quarantine_held(pending.source, key, str(exc))
-                return
+                return False
             if block is None:
-                return
+                return False
             refused = self._admit(pending.target, key, block)
-            if refused is not None:
-                level = logging.DEBUG if refused.expected else logging.WARNING
-                name, why = pending.target.name, refused.reason
-                _log.log(level, "block %s is not written back to tier %s: %s", key, name, why)
+            if refused is None:
+                return False
+            level = logging.DEBUG if refused.expected or refused.failure else logging.WARNING
+            name, why = pending.target.name, refused.reason
+            _log.log(level, "block %s is not written back to tier %s: %s", key, name, why)
+            return refused.failure
 
     def _guard_all(self) -> None:
         with self._lock:

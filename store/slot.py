@@ -78,10 +78,14 @@ class TierSlot:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Why a tier did not take a block. `expected`: by its rules, and nothing to warn of."""
+    """Why a tier did not take a block. `expected`: by its rules, and nothing to warn of.
+
+    `failure`: of the tier, which may recover.
+    """
 
     reason: str
     expected: bool = False
+    failure: bool = False
 
 
 def recompute_cost(header: BlockHeader) -> int:
@@ -197,7 +201,7 @@ class Slot:
 
     def _write(self, key: BlockKey, block: Block, standing: Standing) -> Refused | None:
         if not self.usable():
-            return Refused("it is bypassed after a failure")
+            return Refused("it is bypassed after a failure", failure=True)
         nbytes, cost = self.tier.footprint(block.header), recompute_cost(block.header)
         reservation = self.ledger.reserve(key, nbytes, cost=cost, standing=standing)
         if reservation is None:
@@ -212,7 +216,7 @@ class Slot:
                 self.tier.put(key, block)
         except TierError as exc:
             self.ledger.abort(reservation)
-            return Refused(exc.reason)
+            return Refused(exc.reason, failure=True)
         except BaseException:
             self.ledger.abort(reservation)
             raise

@@ -27,6 +27,7 @@ from .reader import BlockReader
 from .slot import Aside, Slot, TierSlot, aside, recompute_cost
 from .stats import StoreStats, TierStats
 from .tier import check_key
+from .write_back import PAUSES_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -54,7 +55,8 @@ class TieredStore:
     """Blocks in several tiers, fastest first. Thread-safe. Closes its tiers.
 
     `write_back_nbytes`: most bytes of blocks that wait to be written back; what exceeds it is
-    written through. Raises `ValueError` for no tier, or two of one name.
+    written through. `write_back_pauses_s`: before each further try of one that failed. Raises
+    `ValueError` for no tier, or two of one name.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class TieredStore:
         slots: Sequence[TierSlot],
         *,
         write_back_nbytes: int = 2**28,
+        write_back_pauses_s: Sequence[float] = PAUSES_S,
         clock: Clock = time.monotonic,
         aside: Aside = aside,
     ) -> None:
@@ -72,6 +75,7 @@ class TieredStore:
         self._placement = Placement(
             [Slot(place, clock=clock, aside=aside) for place in slots],
             write_back_nbytes=write_back_nbytes,
+            write_back_pauses_s=write_back_pauses_s,
         )
         self._clock = clock
         self._next_expiry_s = clock()
@@ -209,7 +213,7 @@ class TieredStore:
         return StoreStats(tuple(tiers), open_blocks)
 
     def flush(self) -> None:
-        """Return when nothing waits to be written back."""
+        """Return when nothing waits to be written back, but for what failed and is tried again."""
         self._placement.write_back.flush()
 
     def close(self) -> None:

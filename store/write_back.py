@@ -1,28 +1,33 @@
 """Blocks on their way from memory to a durable tier: a bounded queue and one thread.
 
 What waits here lies whole in a faster tier, pinned, and is read from there when its turn comes: the
-queue itself holds keys. When it is full, it takes no more, and the caller writes through. A crash
-loses what waits, each block whole or not at all; `close` writes all of it first.
+queue itself holds keys. When it is full, it takes no more, and the caller writes through. A write
+that a tier's failure prevented is tried again after a pause, a few times, and waits as before. A
+crash loses what waits, each block whole or not at all; `close` tries all of it first.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from .keys import BlockKey
     from .ledger import Receipt
     from .slot import Slot
 
-__all__ = ["Pending", "WriteBack"]
+__all__ = ["PAUSES_S", "Pending", "WriteBack"]
 
 _log = logging.getLogger(__name__)
+
+#: Seconds before each further try: a minute in all, for a tier that failed is asked again after one
+#: to sixty seconds.
+PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,19 +41,37 @@ class Pending:
     target: Slot
 
 
+@dataclass(slots=True)
+class _Owed:
+    """A write that waits until `due_s`, of the monotonic clock; `tries` have failed."""
+
+    pending: Pending
+    due_s: float = 0.0
+    tries: int = 0
+
+
 class WriteBack:
     """See the module's text. Thread-safe.
 
-    `write` does one write, and is called by one thread, with no lock held; the pin is released when
-    it returns. Raises `ValueError` for a bound below 0.
+    `write` does one write, and says whether it failed and is worth another try. It is called by one
+    thread, with no lock held; the pin is released when it is done with. `pauses_s`: seconds before
+    each further try. Raises `ValueError` for a bound or pause below 0.
     """
 
-    def __init__(self, write: Callable[[Pending], None], *, most_nbytes: int) -> None:
-        if most_nbytes < 0:
-            raise ValueError(f"most_nbytes must be at least 0, got {most_nbytes}")
-        self._write, self._most_nbytes = write, most_nbytes
+    def __init__(
+        self,
+        write: Callable[[Pending], bool],
+        *,
+        most_nbytes: int,
+        pauses_s: Sequence[float] = PAUSES_S,
+    ) -> None:
+        if most_nbytes < 0 or min(pauses_s, default=0) < 0:
+            raise ValueError(
+                f"most_nbytes and pauses_s must be at least 0, got {most_nbytes} and {pauses_s}"
+            )
+        self._write, self._most_nbytes, self._pauses_s = write, most_nbytes, tuple(pauses_s)
         self._lock = threading.Condition()
-        self._waiting: OrderedDict[tuple[BlockKey, str], Pending] = OrderedDict()
+        self._waiting: OrderedDict[tuple[BlockKey, str], _Owed] = OrderedDict()
         self._current: Pending | None = None
         self._cancelled = False
         self._nbytes = 0
@@ -60,7 +83,7 @@ class WriteBack:
         with self._lock:
             if self._closed or self._nbytes + pending.nbytes > self._most_nbytes:
                 return False
-            self._waiting[pending.key, pending.target.name] = pending
+            self._waiting[pending.key, pending.target.name] = _Owed(pending)
             self._nbytes += pending.nbytes
             if self._thread is None:
                 self._thread = threading.Thread(
@@ -77,7 +100,7 @@ class WriteBack:
         """
         with self._lock:
             for place in [place for place in self._waiting if place[0] == key]:
-                self._release_locked(self._waiting.pop(place))
+                self._release_locked(self._waiting.pop(place).pending)
             if self._current is not None and self._current.key == key:
                 self._cancelled = True
 
@@ -91,21 +114,24 @@ class WriteBack:
         blocks: Counter[str] = Counter()
         nbytes: Counter[str] = Counter()
         with self._lock:
-            for pending in self._waiting.values():
+            owed = [waiting.pending for waiting in self._waiting.values()]
+            for pending in [*owed, *([self._current] if self._current is not None else [])]:
                 blocks[pending.target.name] += 1
                 nbytes[pending.target.name] += pending.nbytes
-            if self._current is not None:
-                blocks[self._current.target.name] += 1
-                nbytes[self._current.target.name] += self._current.nbytes
         return {name: (count, nbytes[name]) for name, count in blocks.items()}
 
     def flush(self) -> None:
-        """Return when nothing waits."""
+        """Return when nothing waits but for another try."""
         with self._lock:
-            self._lock.wait_for(lambda: not self._waiting and self._current is None)
+            self._lock.wait_for(
+                lambda: (
+                    self._current is None
+                    and not any(not owed.tries for owed in self._waiting.values())
+                )
+            )
 
     def close(self) -> None:
-        """Write what waits, and end the thread. A second call does nothing."""
+        """Try each write that waits, once, and end the thread. A second call does nothing."""
         with self._lock:
             self._closed = True
             self._lock.notify_all()
@@ -114,24 +140,52 @@ class WriteBack:
             thread.join()
 
     def _run(self) -> None:
-        while True:
-            with self._lock:
-                self._lock.wait_for(lambda: self._waiting or self._closed)
-                if not self._waiting:
-                    return
-                _, pending = self._waiting.popitem(last=False)
-                self._current, self._cancelled = pending, False
+        while (owed := self._next()) is not None:
+            pending, again = owed.pending, False
             try:
-                self._write(pending)
+                again = self._write(pending)
             except Exception:
                 # The block stays where it is, as after a write through that failed.
                 pending.target.count(errors=1)
                 _log.exception("block %s is not written back", pending.key)
-            finally:
-                with self._lock:
-                    self._current = None
+            with self._lock:
+                self._current = None
+                if not (again and self._retry_locked(owed)):
                     self._release_locked(pending)
-                    self._lock.notify_all()
+                self._lock.notify_all()
+
+    def _next(self) -> _Owed | None:
+        """The first write that is due, which is then under way; None at the end. Waits for it."""
+        with self._lock:
+            while True:
+                now_s = time.monotonic()
+                for place, owed in self._waiting.items():
+                    if self._closed or owed.due_s <= now_s:
+                        del self._waiting[place]
+                        self._current, self._cancelled = owed.pending, False
+                        return owed
+                if self._closed:
+                    return None
+                soonest_s = min((owed.due_s for owed in self._waiting.values()), default=None)
+                self._lock.wait(None if soonest_s is None else soonest_s - now_s)
+
+    def _retry_locked(self, owed: _Owed) -> bool:
+        """Let a write that failed wait for another try; False if it has had its last."""
+        pending = owed.pending
+        if self._cancelled:
+            return False
+        if self._closed or owed.tries == len(self._pauses_s):
+            _log.warning(
+                "block %s is not written back to tier %s, which failed %d times",
+                pending.key,
+                pending.target.name,
+                owed.tries + 1,
+            )
+            return False
+        owed.due_s = time.monotonic() + self._pauses_s[owed.tries]
+        owed.tries += 1
+        self._waiting[pending.key, pending.target.name] = owed
+        return True
 
     def _release_locked(self, pending: Pending) -> None:
         self._nbytes -= pending.nbytes

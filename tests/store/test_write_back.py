@@ -155,14 +155,88 @@ def test_a_bit_that_flipped_in_memory_is_not_made_durable(store, ram, slow):
     assert of(store, "ram").damaged == 1
 
 
-def test_a_tier_that_fails_leaves_the_block_in_memory(store, ram, slow):
-    put(store, 0)
-    slow.down = True
+def retrying(slow, *pauses_s):
+    """A store that tries a write again after these pauses, on a tier that answers at once."""
     slow.open_gate.set()
+    slots = [TierSlot(RamTier(), 8 * SIZE), TierSlot(slow, write="back")]
+    return TieredStore(slots, write_back_nbytes=2 * SIZE, write_back_pauses_s=pauses_s)
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("fault", ["down", "full"])
+def test_a_write_that_failed_is_tried_again(slow, fault):
+    """It waits meanwhile, pinned, and lands without anybody's asking once the tier is back."""
+    with retrying(slow, *[0.05] * 100) as store:
+        setattr(slow, fault, True)
+        put(store, 0)
+        store.flush()
+        assert store.contains(make_key(0))
+        assert of(store, "slow").refused >= 1
+        assert of(store, "slow").pending_blocks == 1
+        setattr(slow, fault, False)
+        wait_until(lambda: not of(store, "slow").pending_blocks)
+        assert store.holds_durably(make_key(0))
+        assert of(store, "slow").pending_nbytes == 0
+
+
+def test_tries_are_bounded(slow, caplog):
+    with retrying(slow, 0.01, 0.02) as store:
+        slow.full = True
+        put(store, 0)
+        wait_until(lambda: not of(store, "slow").pending_blocks)
+        assert of(store, "slow").refused == 3
+        assert "failed 3 times" in caplog.text
+        assert store.contains(make_key(0))  # in memory, where it may be evicted now
+        slow.full = False
+        for name in range(1, 12):
+            put(store, name)
+            store.flush()
+        assert not store.contains(make_key(0))
+        assert of(store, "slow").blocks == 11
+
+
+def test_others_do_not_wait_behind_a_write_that_failed(slow):
+    with retrying(slow, 60) as store:
+        slow.full = True
+        put(store, 0)
+        store.flush()
+        slow.full = False
+        put(store, 1)
+        store.flush()
+        assert store.holds_durably(make_key(1))
+        assert of(store, "slow").pending_blocks == 1
+        store.delete(make_key(0))
+        assert of(store, "slow").pending_blocks == 0
+
+
+def test_closing_tries_once_more_and_no_longer(slow):
+    store = retrying(slow, 60, 60)
+    slow.full = True
+    put(store, 0)
     store.flush()
-    assert ram.contains(make_key(0))
-    assert of(store, "slow").refused == 1
-    assert of(store, "slow").pending_blocks == 0
+    put(store, 1)
+    store.flush()
+    slow.full = False
+    slow.close = lambda: None  # which would forget what it holds
+    begun = time.monotonic()
+    store.close()
+    assert time.monotonic() - begun < 30
+    assert {make_key(0), make_key(1)} == set(slow._held)
+
+
+def test_a_tier_that_stays_down_does_not_hold_up_closing(slow):
+    store = retrying(slow, 60)
+    slow.down = True
+    put(store, 0)
+    begun = time.monotonic()
+    store.close()
+    assert time.monotonic() - begun < 30
 
 
 def test_a_bug_in_a_tier_does_not_end_the_thread(store, slow, monkeypatch, caplog):
