@@ -25,7 +25,14 @@ import torch
 
 from kvrag.answer import Answer
 from kvrag.blending import Blending
-from kvrag.blocks import DEFAULT_CONTEXT, ChunkBlocks, PlacedBlocks, context_ids, fine_channels
+from kvrag.blocks import (
+    DEFAULT_CONTEXT,
+    ChunkBlocks,
+    PlacedBlocks,
+    SingleFlight,
+    context_ids,
+    fine_channels,
+)
 from kvrag.config import Settings
 from kvrag.corpus import Corpus
 from kvrag.encoded_texts import EncodedTexts
@@ -50,6 +57,7 @@ from kvrag.retrieval.catalog import Catalog, Counts, StoredDocument
 from kvrag.retrieval.documents import Document
 from kvrag.retrieval.loaders import Skipped
 from kvrag.retriever import KVRetriever, RetrievedChunk
+from kvrag.store.claims import Claims
 from kvrag.store.codecs import Codec, codec
 from kvrag.store.keys import KeyMaker
 from kvrag.store.secret import load_or_create_secret
@@ -118,6 +126,7 @@ class Engine:
             sealed_by=sealer.key_id if sealer is not None else "",
         )
         self.store = TieredStore(tier_slots(settings, sealer))
+        self._flights = SingleFlight(Claims(home.claims))
         self._lock = threading.RLock()
         self._corpus: tuple[Corpus, PlacedBlocks, KVRetriever] | None = None
         self._corpus_made = False
@@ -413,6 +422,7 @@ class Engine:
             self._texts.clear()
             self._catalog.close()
             self.store.close()
+            self._flights.close()
 
     def __enter__(self) -> Self:
         return self
@@ -491,6 +501,7 @@ class Engine:
             self._prefixes,
             namespace=self.settings.namespace,
             prefix_ids=prefix_ids,
+            flights=self._flights,
         )
 
     def _open_corpus(self) -> tuple[Corpus, PlacedBlocks, KVRetriever]:

@@ -43,6 +43,11 @@ class Home:
         """The folder of the disk tier."""
         return self.path / "kv"
 
+    @property
+    def claims(self) -> Path:
+        """Tells processes on one home which blocks others are computing. Empty."""
+        return self.path / "computing.lock"
+
     def referred_keys(self) -> set[BlockKey] | None:
         """Blocks that a corpus of the home refers to; None without a catalog."""
         if not self.catalog.is_file():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from kvrag.answer import Control, TokenCounts, TokenReport
-from kvrag.blocks import ChunkBlocks, PlacedBlocks
+from kvrag.blocks import MOST_WAIT_S, ChunkBlocks, PlacedBlocks
 from kvrag.errors import InputError, PromptTooLongError
 from kvrag.fusion.base import FusionReport, FusionStrategy, fuse
 from kvrag.fusion.controller import ChunkSource, Controller, Decision
@@ -24,14 +24,16 @@ from kvrag.generation.kv_memory import KVMemory
 from kvrag.generation.prefix_cache import PrefixCache
 from kvrag.models.source import Model
 from kvrag.prompting import PromptLayout
+from kvrag.store.block import Block
 from kvrag.store.codecs import Codec
 from kvrag.store.tiered import BlockReader
 from kvrag.text import check_text
 
 __all__ = ["ContextChunk", "Fitted", "Prefill", "Prefilled"]
 
-#: `Source.tier` of a chunk whose block no tier had, and of one that the device held.
-COMPUTED, DEVICE = "computed", "device"
+#: `Source.tier` of a chunk whose block no tier had, of one that another request was computing, and
+#: of one that the device held.
+COMPUTED, AWAITED, DEVICE = "computed", "awaited", "device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,12 +217,16 @@ class _Run:
         self._prompt, self._held = prompt, held
         self._strategy, self._controller, self._adapt = strategy, controller, adapt
         self._memory = memory
+        self._cancelled: Callable[[], bool] = lambda: False
         self._warnings: list[str] = []
+        self._awaited: set[int] = set()  # chunks to load that another request computed
+        self._awaited_s = 0.0
 
     def execute(
         self, prefixes: PrefixCache, new_tokens: int, cancelled: Callable[[], bool]
     ) -> Prefilled | None:
         begun = time.perf_counter()
+        self._cancelled = cancelled
         model, prompt, held = self._model, self._prompt, self._held
         decoder = model.decoder
         cache = KVCache(
@@ -266,7 +272,7 @@ class _Run:
         if fused is None:
             return None
         for chunk in stream.computed:
-            tiers[held.to_load[chunk]] = COMPUTED
+            tiers[held.to_load[chunk]] = AWAITED if chunk in self._awaited else COMPUTED
         self._controller.loaded(stream.measured)
         as_planned = stream.computed == frozenset(holes)
         self._controller.ran(
@@ -275,6 +281,7 @@ class _Run:
             stall_s=stream.stall_s,
             seconds=ended - decided,
         )
+        stall_s = stream.stall_s + self._awaited_s
         tokens, ratio = self._accounts(fused.report, tiers, prefix_cached=prefix_cached)
         return Prefilled(
             strategy=self._strategy.name,
@@ -285,9 +292,9 @@ class _Run:
             effective_ratio=ratio,
             tiers=tuple(tiers),
             load_s=stream.load_s,
-            stall_s=stream.stall_s,
+            stall_s=stall_s,
             measured=stream.measured,
-            compute_s=time.perf_counter() - begun - stream.stall_s,
+            compute_s=time.perf_counter() - begun - stall_s,
             fusion=fused.report,
             control=_control(decision, decided - begun),
             warnings=tuple(dict.fromkeys(self._warnings)),
@@ -325,9 +332,24 @@ class _Run:
         return self._held.spread(loaded_from, DEVICE)
 
     def _recompute(self, index: int) -> list[LayerKV]:
-        """All layers of one of the chunks to load."""
+        """All layers of one of the chunks to load, computed here or by who began before."""
         chunk = self._held.to_load[index]
         blocks, token_ids = self._blocks[chunk], self._prompt.chunks[chunk].token_ids
+        made = blocks.make(
+            token_ids,
+            lambda: self._computed(blocks, token_ids),
+            cancelled=self._cancelled,
+            # For all chunks together: who hangs holds a request up once.
+            most_s=MOST_WAIT_S - self._awaited_s,
+        )
+        if made is None:
+            raise LoadingCancelled
+        self._awaited_s += made.waited_s
+        if not made.computed:
+            self._awaited.add(index)
+        return blocks.layers(made.block)
+
+    def _computed(self, blocks: ChunkBlocks, token_ids: Sequence[int]) -> Block:
         # What happens once a process tells nothing of the model's speed.
         blocks.prepare()
         begun = time.perf_counter()
@@ -339,7 +361,7 @@ class _Run:
         if outcome.lost:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.refused)
             self._warnings.append(f"KV was computed but not stored durably ({reasons})")
-        return blocks.layers(block)
+        return block
 
     def _accounts(
         self, report: FusionReport, tiers: Sequence[str], *, prefix_cached: bool

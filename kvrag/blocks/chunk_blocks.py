@@ -6,24 +6,29 @@ behind its corpus prefix. Everything that a block's bytes depend on is in its ke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from typing_extensions import Buffer
 
+from kvrag.blocks.single_flight import Made, SingleFlight
 from kvrag.errors import PromptTooLongError
 from kvrag.fusion.stream import LayerKV
 from kvrag.generation.kv_cache import KVCache
 from kvrag.generation.prefix_cache import PrefixCache
 from kvrag.models.forward import append
 from kvrag.models.source import Model
-from kvrag.store.block import Block, BlockHeader, encode_block
+from kvrag.store.block import Block, BlockHeader, encode_block, encode_header
 from kvrag.store.codecs import Codec, RawCodec
+from kvrag.store.errors import StoreError
 from kvrag.store.keys import BlockKey, KeyMaker
 from kvrag.store.tiered import BlockReader, PutOutcome, TieredStore
 
-__all__ = ["ChunkBlocks"]
+__all__ = ["MOST_WAIT_S", "ChunkBlocks"]
+
+#: Seconds for which one waits for what another computes, before it does so itself.
+MOST_WAIT_S = 30.0
 
 #: The codec whose blocks have every bit of what was computed.
 _LOSSLESS = RawCodec()
@@ -42,7 +47,10 @@ class ChunkBlocks:
         *,
         namespace: str,
         prefix_ids: Sequence[int],
+        flights: SingleFlight | None = None,
     ) -> None:
+        """`flights`: of all that may want the same blocks; default: of this object's users."""
+        self._flights = flights or SingleFlight()
         self._model, self._store, self._keys = model, store, keys
         self._prefixes, self._namespace = prefixes, namespace
         self.codec = codec
@@ -197,6 +205,38 @@ class ChunkBlocks:
     def _shape(self, token_ids: Sequence[int]) -> tuple[int, int, int, int]:
         config = self._model.decoder.config
         return (config.num_layers, config.num_kv_heads, len(token_ids), config.head_dim)
+
+    def make(
+        self,
+        token_ids: Sequence[int],
+        compute: Callable[[], Block],
+        *,
+        cancelled: Callable[[], bool] = lambda: False,
+        most_s: float = MOST_WAIT_S,
+    ) -> Made | None:
+        """`compute`, which stores what it makes, unless another is about it: see `SingleFlight`."""
+        return self._flights.make(
+            self.key(token_ids),
+            compute,
+            load=lambda: self._load(token_ids),
+            cancelled=cancelled,
+            most_s=most_s,
+        )
+
+    def _load(self, token_ids: Sequence[int]) -> Block | None:
+        """The whole block, or None. A miss is not counted: that was done when it was opened."""
+        if not self._store.contains(self.key(token_ids)):
+            return None
+        reader = self.open(token_ids)
+        if reader is None:
+            return None
+        with reader:
+            header = reader.header
+            try:
+                segments = reader.read(0, len(header.segments))
+            except StoreError:
+                return None
+        return Block(header, encode_header(header), tuple(segments))
 
     def put(self, block: Block, *, durable_only: bool = False) -> PutOutcome:
         """Store a computed block. See `TieredStore.put`."""

@@ -17,6 +17,7 @@ from kvrag.errors import KvragError
 from kvrag.references import References
 from kvrag.retrieval.documents import Document
 from kvrag.retrieval.loaders import Skipped
+from kvrag.store.block import Block
 from kvrag.store.keys import BlockKey
 
 __all__ = ["PrecomputeJob", "Progress", "StorageFullError"]
@@ -148,12 +149,23 @@ class PrecomputeJob:
         if self._is_stored(key):
             return False
         begun = time.perf_counter()
-        block = blocks.compute(token_ids)
-        outcome = blocks.put(block, durable_only=True)
+
+        def compute() -> Block:
+            block = blocks.compute(token_ids)
+            self._put(blocks, block, chunk_id, progress)
+            progress.tokens_computed += len(token_ids)
+            return block
+
+        made = blocks.make(token_ids, compute)
+        if made is not None and not made.computed and not self._is_stored(key):
+            # Who computed it was a request, whose KV need not become durable.
+            self._put(blocks, made.block, chunk_id, progress)
         progress.seconds += time.perf_counter() - begun
+        return True
+
+    def _put(self, blocks: ChunkBlocks, block: Block, chunk_id: int, progress: Progress) -> None:
+        outcome = blocks.put(block, durable_only=True)
         if not outcome.durable:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.refused)
             raise StorageFullError(f"the KV of chunk {chunk_id} could not be stored ({reasons})")
-        progress.tokens_computed += len(token_ids)
         progress.bytes_written += block.nbytes
-        return True

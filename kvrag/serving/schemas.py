@@ -244,7 +244,10 @@ class SourceBody(_Reply):
     title: str
     text: str
     score: float | None
-    tier: str = Field(description="Where its KV came from; `computed` if no tier had it.")
+    tier: str = Field(
+        description="Where its KV came from; `computed` if no tier had it, "
+        "`awaited` if another request was computing it."
+    )
 
 
 class AnswerBody(_Reply):

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from kvrag.blocks import ChunkBlocks
 from kvrag.errors import BusyError, ClosedError
 from kvrag.serving.queue import JobCancelledError, ModelQueue
 from tests.serving.harness import (
@@ -61,6 +62,27 @@ def test_thirty_requests_at_once_are_answered_in_order_and_as_alone(url, engine)
         together = [future.result() for future in waiting]
     assert together == alone
     assert engine.asked == ["busy", *(body["question"] for body in bodies)]
+
+
+def test_requests_that_miss_the_same_chunk_at_once_compute_it_once(url, monkeypatch):
+    """One runs at a time, so the next one finds what the first has stored."""
+    compute, computed = ChunkBlocks.compute, []
+
+    def counted(self, token_ids):
+        computed.append(tuple(token_ids))
+        return compute(self, token_ids)
+
+    body = {"question": "Who?", "passages": ["Anna lit it.", "Olaf put it out."], "max_tokens": 2}
+    orders = [body, body | {"passages": body["passages"][::-1]}] * 2
+    with ThreadPoolExecutor(4) as pool, busy(url):
+        monkeypatch.setattr(ChunkBlocks, "compute", counted)
+        answers = [pool.submit(ask, url, strategy="reuse", **order) for order in orders]
+        wait_until(lambda: health(url)["queue_depth"] == 4, "all wait")
+    sources = [answer.result().json()["sources"] for answer in answers]
+    assert len(computed) == len(set(computed))
+    tiers = [source["tier"] for each in sources for source in each]
+    assert tiers.count("computed") == len(computed) < len(tiers)
+    assert set(tiers) == {"computed", "ram"}
 
 
 def test_thirty_requests_without_any_order_are_all_answered(url):
