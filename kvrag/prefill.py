@@ -273,7 +273,8 @@ class _Run:
             return None
         for chunk in stream.computed:
             tiers[held.to_load[chunk]] = AWAITED if chunk in self._awaited else COMPUTED
-        self._controller.loaded(stream.measured)
+        measured = stream.measured
+        self._controller.loaded(measured)
         as_planned = stream.computed == frozenset(holes)
         self._controller.ran(
             decision,
@@ -293,7 +294,7 @@ class _Run:
             tiers=tuple(tiers),
             load_s=stream.load_s,
             stall_s=stall_s,
-            measured=stream.measured,
+            measured=measured,
             compute_s=time.perf_counter() - begun - stall_s,
             fusion=fused.report,
             control=_control(decision, decided - begun),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .block import Block, BlockHeader, encode_header, verify_segments
 from .errors import BlockFormatError, DamagedBlockError, StoreError, TierError
-from .resident import InMemory, Resident
+from .resident import Resident
 from .sealing import is_sealed
 
 if TYPE_CHECKING:
@@ -165,12 +165,11 @@ class Loading:
         slot, header = self._slot, self.header
         if slot is None or slot is not self._placement.slots[0]:
             return None
-        tier = slot.tier
-        if slot.durable or not isinstance(tier, InMemory):
+        if not slot.in_process:
             return None
         try:
             with slot.asked("read"):
-                data = tier.span(self.expected.key, 0, len(header.segments))
+                data = slot.tier.span(self.expected.key, 0, len(header.segments))
         except (TierError, BlockFormatError):
             return None
         # Another version may lie there by now.

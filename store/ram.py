@@ -68,7 +68,7 @@ class RamTier(Tier):
         return split_segments(header, first, last, held.data[start:end])
 
     def span(self, key: BlockKey, first: int, last: int) -> memoryview | None:
-        """See `InMemory`."""
+        """See `Tier`."""
         held = self._find(key)
         if held is None:
             return None

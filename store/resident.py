@@ -6,7 +6,7 @@ before it is used, like one from any other tier.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 from .block import verify_segment
 
@@ -14,22 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .header import BlockHeader
-    from .keys import BlockKey
 
-__all__ = ["InMemory", "Resident"]
-
-
-@runtime_checkable
-class InMemory(Protocol):
-    """What a tier can do beside `Tier` whose blocks lie in the memory of this process."""
-
-    def span(self, key: BlockKey, first: int, last: int) -> memoryview | None:
-        """The segments `first` … `last - 1` in one piece, padding included, read-only.
-
-        They are not verified, and do not change, whatever happens to the block. None, and errors,
-        as `Tier.segments`.
-        """
-        ...
+__all__ = ["Resident"]
 
 
 class Resident:

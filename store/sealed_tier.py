@@ -118,6 +118,10 @@ class SealedTier(Tier):
         except BlockFormatError:
             return header.nbytes  # no such block can be put
 
+    def span(self, key: BlockKey, first: int, last: int) -> None:
+        """See `Tier`: what is sealed cannot be used where it lies."""
+        return
+
     def quarantine(self, key: BlockKey) -> None:
         self._forget(key)
         self._tier.quarantine(key)

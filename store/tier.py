@@ -103,6 +103,15 @@ class Tier(ABC):
         """Size in bytes that the block of that header has here. The default is its `nbytes`."""
         return header.nbytes
 
+    def span(self, key: BlockKey, first: int, last: int) -> memoryview | None:
+        """Segments `first` … `last - 1` in one piece, padding included, where they lie.
+
+        For a tier that is memory of this process; None, which the default is, from any other. They
+        are read-only, not verified, and do not change, whatever happens to the block. A miss and
+        errors as `segments`.
+        """
+        return None
+
     def quarantine(self, key: BlockKey) -> None:
         """Take a damaged block out of sight. The default deletes it."""
         self.delete(key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import UnknownCodecError
-from .base import Codec, InPlace, Unpack
+from .base import Codec, Unpack
 from .grouped import GroupedCodec
 from .raw import RawCodec
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Codec",
     "GroupedCodec",
-    "InPlace",
     "RawCodec",
     "Unpack",
     "codec",

@@ -5,7 +5,7 @@ A codec knows tensors and one layer. It does not know keys, files, checksums or 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from ..header import BlockHeader
 
-__all__ = ["Codec", "InPlace", "Unpack"]
+__all__ = ["Codec", "Unpack"]
 
 
 class Codec(Protocol):
@@ -50,6 +50,19 @@ class Codec(Protocol):
         """
         ...
 
+    def layers(
+        self, buffer: Buffer, header: BlockHeader
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """K and V of all layers, (layers, kv_heads, tokens, head_dim), in the memory of `buffer`.
+
+        None from a codec that must decode, and where they do not fit the header.
+
+        `buffer` is all segments in one piece, padding included, which need not be verified yet:
+        nothing is read. All segments are of one length, and those of a layer lie in its own.
+        Read-only by contract.
+        """
+        ...
+
 
 class Unpack(Protocol):
     """Decodes one layer of codes, for codecs whose decoding is worth native code."""
@@ -72,21 +85,5 @@ class Unpack(Protocol):
             layer: uint8 (n,), a segment as `grouped` describes it, or more than that.
             k, v: bfloat16 or float32 (kv_heads, tokens, head_dim), contiguous.
             bits: 4 or 8. groups: of tokens, that share K's scales. parts: of a row of V.
-        """
-        ...
-
-
-@runtime_checkable
-class InPlace(Protocol):
-    """What a codec can do beside `Codec` whose segments are the tensors themselves."""
-
-    def layers(
-        self, buffer: Buffer, header: BlockHeader
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """K and V of all layers, (layers, kv_heads, tokens, head_dim), in the memory of `buffer`.
-
-        `buffer` is all segments in one piece, padding included, which need not be verified yet:
-        nothing is read. All segments are of one length, and those of a layer lie in its own.
-        None where they do not fit the header. Read-only by contract.
         """
         ...

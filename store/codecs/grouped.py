@@ -118,6 +118,10 @@ class GroupedCodec:
         check_length(len(layer), needed)
         return k, v
 
+    def layers(self, buffer: Buffer, header: BlockHeader) -> None:
+        """See `Codec.layers`: codes are no tensors to be used in place."""
+        return
+
     def _numbers(self, name: str, x: Tensor) -> Tensor:
         wide = x.detach().to("cpu", torch.float32).contiguous()
         if not bool((wide.abs() <= LARGEST).all()):

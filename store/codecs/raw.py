@@ -55,7 +55,7 @@ class RawCodec:
     def layers(
         self, buffer: Buffer, header: BlockHeader
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """See `InPlace`."""
+        """See `Codec.layers`."""
         dtype, segments = _DTYPES.get(header.dtype), header.segments
         if dtype is None:
             return None

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from kvrag.fusion.base import FusionStrategy
 from kvrag.fusion.prompt import Prompt
-from kvrag.fusion.stream import Amounts
+from kvrag.fusion.stream import Amounts, add_amounts
 from kvrag.fusion.stream.block_stream import LARGEST_GROUP
 from kvrag.models.config import ModelConfig
 from kvrag.models.decoder import Decoder
@@ -52,13 +52,6 @@ class Needed(NamedTuple):
 
     first: Amounts = Amounts()
     rest: Amounts = Amounts()
-
-    def plus(self, layer: int, nbytes: int, cached_share: float | None) -> Needed:
-        """And one layer of a chunk."""
-        more = Amounts.of(nbytes, cached_share, begins=layer == 0)
-        if layer == 0:
-            return self._replace(first=self.first.plus(more))
-        return self._replace(rest=self.rest.plus(more))
 
 
 class Stage(NamedTuple):
@@ -170,16 +163,22 @@ def _needed(
     Layers come in groups that grow, so that a layer is there when the last of its group is.
     """
     num_layers, end, size = len(first_chunks), 0, 1
-    total: dict[str, Needed] = {}
+    sums: dict[str, tuple[list[float], list[float]]] = {}
     needed: list[dict[str, Needed]] = []
     while end < num_layers:
         first, end = end, min(num_layers, end + size)
         for layer in range(first, end):
+            # Numbers are summed as such: a tuple for each of many chunks takes milliseconds.
             for source in sources[first_chunks[layer] :]:
                 if source is not None and source.layer_nbytes:
-                    before = total.get(source.tier, Needed())
-                    nbytes = source.layer_nbytes[layer]
-                    total[source.tier] = before.plus(layer, nbytes, source.cached_share)
-        needed += [dict(total)] * (end - first)
+                    parts = sums.setdefault(source.tier, ([0.0] * 3, [0.0] * 3))
+                    add_amounts(
+                        parts[layer > 0],
+                        source.layer_nbytes[layer],
+                        source.cached_share,
+                        begins=layer == 0,
+                    )
+        total = {tier: Needed(*(Amounts(*part) for part in parts)) for tier, parts in sums.items()}
+        needed += [total] * (end - first)
         size = min(end + 1, LARGEST_GROUP)
     return needed

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -270,20 +270,20 @@ class BlockStream:
             if chunk in damaged:
                 continue
             if place is not None:
-                self._verified[chunk], read = None, resident.count(layer)
+                self._verified[chunk], nbytes = None, resident.count(layer)
             else:
                 try:
-                    self._verified[chunk], read = resident.verified(layer)
+                    self._verified[chunk], nbytes = resident.verified(layer)
                 except BlockFormatError:
                     damaged.append(chunk)
                     continue
-            verified.append((resident.tier, read))
+            verified.append((resident.tier, nbytes))
             if layer == resident.last:
                 resident.close()
         ended = time.perf_counter()
         with self._changed:
-            for tier, nbytes in verified:
-                self._times.add(Read(tier, nbytes, begun, ended, first=layer == 0))
+            for read in _reads(verified, layer):
+                self._times.add(Read(*read, begun, ended, first=layer == 0))
             for chunk in damaged:
                 if self._closed:
                     break
@@ -395,3 +395,13 @@ def _layer_nbytes(header: BlockHeader) -> int:
     """Bytes of one decoded layer of a chunk."""
     itemsize: int = getattr(torch, header.dtype).itemsize
     return itemsize * (math.prod(header.k_shape[1:]) + math.prod(header.v_shape[1:]))
+
+
+def _reads(verified: Sequence[tuple[str, int]], layer: int) -> Sequence[tuple[str, int]]:
+    """One a chunk of layer 0, which is what a chunk costs apart from its bytes; else one a tier."""
+    if layer == 0:
+        return verified
+    nbytes: Counter[str] = Counter()
+    for tier, count in verified:
+        nbytes[tier] += count
+    return list(nbytes.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-__all__ = ["Amounts", "Read", "ReadTimes", "TierRead"]
+__all__ = ["Amounts", "Read", "ReadTimes", "TierRead", "add_amounts"]
 
 #: When something began and ended.
 _Span = tuple[float, float]
@@ -21,14 +21,15 @@ class Amounts(NamedTuple):
     nbytes: float = 0.0
     cached: float = 0.0
 
-    @classmethod
-    def of(cls, nbytes: int, cached_share: float | None, *, begins: bool = False) -> Amounts:
-        """One read. `begins`: whether it is the first of its chunk."""
-        share = cached_share or 0.0
-        return cls((1 - share) * begins, (1 - share) * nbytes, share * nbytes)
 
-    def plus(self, other: Amounts) -> Amounts:
-        return Amounts(*(a + b for a, b in zip(self, other, strict=True)))
+def add_amounts(
+    sums: list[float], nbytes: int, cached_share: float | None, *, begins: bool
+) -> None:
+    """Add one read to the sums of `Amounts`. begins: whether it is the first of its chunk."""
+    share = cached_share or 0.0
+    sums[0] += (1 - share) * begins
+    sums[1] += (1 - share) * nbytes
+    sums[2] += share * nbytes
 
 
 class TierRead(NamedTuple):
@@ -93,21 +94,18 @@ class ReadTimes:
 
 
 def _together(reads: list[Read], waits: list[_Span]) -> TierRead:
-    first, rest = Amounts(), Amounts()
+    first, rest = [0.0] * 3, [0.0] * 3
     for read in reads:
-        amounts = Amounts.of(read.nbytes, read.cached_share, begins=read.first)
-        if read.first:
-            first = first.plus(amounts)
-        else:
-            rest = rest.plus(amounts)
+        part = first if read.first else rest
+        add_amounts(part, read.nbytes, read.cached_share, begins=read.first)
     first_s = _length(_union(_spans(read for read in reads if read.first)))
     others = _union(_spans(read for read in reads if not read.first))
     return TierRead(
         nbytes=sum(read.nbytes for read in reads),
         seconds=_length(_union(_spans(reads))),
-        first=first,
+        first=Amounts(*first),
         first_s=first_s,
-        rest=rest,
+        rest=Amounts(*rest),
         rest_s=_length(others),
         rest_waited_s=_common(others, _union(waits)),
     )

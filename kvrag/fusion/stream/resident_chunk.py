@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvrag.fusion.stream.chunk_reads import LayerKV
 from kvrag.kernels.native import StoredKV
-from kvrag.store.codecs import Codec, InPlace
+from kvrag.store.codecs import Codec
 from kvrag.store.resident import Resident
 from kvrag.store.tiered import BlockReader
 
@@ -40,7 +40,7 @@ class ResidentChunk:
     @classmethod
     def of(cls, reader: BlockReader, codec: Codec, wanted: Sequence[int]) -> Self | None:
         """None where the block lies elsewhere, or must be decoded. wanted: layers, ascending."""
-        if not reader.in_memory or not isinstance(codec, InPlace):
+        if not reader.in_memory:
             return None
         resident = reader.resident()
         layers = None if resident is None else codec.layers(resident.data, reader.header)
