@@ -48,7 +48,7 @@ def flip(room, chunk, layer, place):
     )
     data = bytearray(held.data)
     data[at] ^= 0x10
-    slot.tier._held[key] = _Held(memoryview(bytes(data)), held.header, held.header_bytes)
+    slot.tier._held[key] = _Held(memoryview(bytes(data)), held.header)
 
 
 @pytest.mark.parametrize("place", list(PLACES))
