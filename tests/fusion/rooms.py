@@ -71,7 +71,7 @@ class Fixed(CacheBlend):
 class CountingTier(RamTier):
     """Notes each segment that is read, (key, layer), as from a tier that is no memory."""
 
-    durable = True
+    durable, in_process = True, False
 
     def __init__(self) -> None:
         super().__init__()

@@ -426,7 +426,8 @@ def test_some_chunks_held_and_some_missing(tiny):
     room.run(CHUNKS[1:2], Reuse())
     room.add(CHUNKS[2])
     prefilled = room.run([*CHUNKS, CHUNKS[0]], CacheBlend(ratio=0.3))
-    assert prefilled.tiers == ("computed", "device", "ram", "computed")
+    # Behind itself it is there already: one prompt computes a passage once.
+    assert prefilled.tiers == ("computed", "device", "ram", "awaited")
     plain = Room(tiny("qwen3", "llama3"))
     expected = plain.run([*CHUNKS, CHUNKS[0]], CacheBlend(ratio=0.3))
     assert torch.equal(prefilled.logits, expected.logits)

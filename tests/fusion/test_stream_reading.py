@@ -232,7 +232,14 @@ def test_blocks_in_memory_are_ready_without_a_thread():
 # ---- bounds --------------------------------------------------------------------------------------
 
 
-class Counting:
+class Decoding:
+    """A codec whose segments are no tensors."""
+
+    def layers(self, buffer, header):
+        return None
+
+
+class Counting(Decoding):
     """A codec that counts decoded layers alive: at most how many there ever were."""
 
     def __init__(self):
@@ -325,7 +332,7 @@ def test_damage_in_the_middle_recomputes_that_chunk_alone(stepped):
 
 
 def test_a_layer_that_cannot_be_decoded_is_recomputed(real):
-    class Odd:
+    class Odd(Decoding):
         def decode(self, buffer, header):
             if header.key == make_key(1):
                 raise BlockFormatError("not mine")
@@ -554,7 +561,7 @@ def test_layers_do_not_wait_for_admission_to_faster_tiers(stepped):
 def test_admitted_although_decoding_failed(stepped):
     """A pin that waits for its admission is not lost with the error."""
 
-    class Odd:
+    class Odd(Decoding):
         def decode(self, buffer, header):
             if make_key(0) == header.key and bytes(buffer) == bytes(block(0).segments[-1]):
                 raise ZeroDivisionError

