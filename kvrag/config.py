@@ -33,6 +33,20 @@ _PREFIX = "KVRAG_"
 _FILE_VARIABLE = "KVRAG_CONFIG"
 #: Never shown.
 _SECRET = frozenset({"encryption_key", "redis_url"})
+#: What a home keeps, where, and for how long.
+_KEEPING = (
+    "disk_bytes",
+    "ram_policy",
+    "disk_policy",
+    "ram_admission",
+    "disk_admission",
+    "disk_write",
+    "ram_reserved",
+    "namespace_ram_bytes",
+    "namespace_disk_bytes",
+    "ttl_s",
+    "redis_url",
+)
 #: Read by the test suite alone.
 _FOREIGN_VARIABLES = frozenset({_FILE_VARIABLE, "KVRAG_TEST_MODELS"})
 
@@ -223,6 +237,15 @@ class Settings(BaseSettings):
             super().__init__(**values)
         except ValidationError as exc:
             raise SettingsError(_sentence(exc)) from exc
+
+    def apart(self, home: Path, **other: Any) -> Settings:
+        """These settings for another home, with `other` ones, whose disk keeps all that is put.
+
+        What was computed there is then found there, whatever this home may hold. Memory, codec
+        and encryption stay: what is measured is what this home would do.
+        """
+        keeping = {name: type(self).model_fields[name].default for name in _KEEPING}
+        return Settings(**self.model_dump() | keeping | {"home": home} | other)
 
     @field_validator("home", "models_dir", "kernels_dir", "eval_data", "encryption_key_file")
     @classmethod

@@ -1,6 +1,8 @@
-"""Which memory the tiers of a home take."""
+"""Which memory the tiers of a home take, and which of their rules hold in a home set apart."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,3 +51,42 @@ def test_pinned_memory():
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     assert tensor.is_pinned()
     assert tensor.data_ptr() % 4096 == 0
+
+
+def test_a_home_set_apart_keeps_all_that_is_put():
+    """A new rule of the store is to be named there, or here with the reason why it stays."""
+    stays = {
+        "ram_bytes",  # how much memory may be taken, and the disk holds what does not fit
+        "disk_fsync",  # how long storing takes, which is measured
+        # which Redis would be used, and there is none
+        "redis_bytes",
+        "redis_ttl_s",
+        "redis_connect_timeout_s",
+        "redis_timeout_s",
+        "redis_connections",
+        "redis_prefix",
+    }
+    rooms = ("ram_", "disk_", "namespace_", "ttl_", "redis_")
+    rules = {name for name in Settings.model_fields if name.startswith(rooms)} - stays
+    strange = {
+        "ram_reserved": 0.5,
+        "ram_policy": "lfu",
+        "disk_policy": "lfu",
+        "ram_admission": "second-use",
+        "disk_admission": "second-use",
+        "disk_write": "back",
+        "redis_url": "redis://here",
+    }
+    settings = Settings(k=9, **{name: strange.get(name, 7) for name in rules})
+    apart = settings.apart(Path("/elsewhere"), controller=False)
+    for name in rules:
+        assert getattr(apart, name) == Settings.model_fields[name].default, name
+        assert getattr(apart, name) != getattr(settings, name)
+    assert (apart.home, apart.k, apart.controller) == (Path("/elsewhere"), 9, False)
+
+
+def test_a_home_set_apart_is_not_given_the_environments_rules(monkeypatch):
+    monkeypatch.setenv("KVRAG_DISK_BYTES", "5")
+    monkeypatch.setenv("KVRAG_TTL_S", "5")
+    apart = Settings().apart(Path("/elsewhere"))
+    assert (apart.disk_bytes, apart.ttl_s) == (None, None)

@@ -344,9 +344,9 @@ def _settings(context: typer.Context) -> Settings:
 def _engine(context: typer.Context) -> Iterator[Engine]:
     """An engine over an empty home: a benchmark leaves nothing behind in the user's store."""
     settings = _settings(context)
-    with tempfile.TemporaryDirectory(prefix="kvrag-bench-") as home:
+    with (
+        tempfile.TemporaryDirectory(prefix="kvrag-bench-") as home,
         # What is measured is what is named, also where storage is slow.
-        apart = {"home": Path(home), "redis_url": None, "controller": False}
-        values = settings.model_dump() | apart
-        with Engine.open(Settings(**values)) as engine:
-            yield engine
+        Engine.open(settings.apart(Path(home), controller=False)) as engine,
+    ):
+        yield engine

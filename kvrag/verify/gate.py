@@ -123,8 +123,8 @@ def _short_texts() -> list[Text]:
 @contextmanager
 def _apart(settings: Settings, model: Model | None, **other: str) -> Iterator[Engine]:
     """An engine over an empty home that goes with it, with `other` settings."""
-    with tempfile.TemporaryDirectory(prefix="kvrag-verify-") as home:
-        apart = {"home": Path(home), "disk_bytes": None, "redis_url": None}
-        values = settings.model_dump() | apart | other
-        with Engine(Settings(**values), model=model) as engine:
-            yield engine
+    with (
+        tempfile.TemporaryDirectory(prefix="kvrag-verify-") as home,
+        Engine(settings.apart(Path(home), **other), model=model) as engine,
+    ):
+        yield engine

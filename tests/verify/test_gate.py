@@ -77,6 +77,21 @@ def test_nothing_is_left_behind_and_the_home_is_not_touched(tiny, tmp_path, monk
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.parametrize("ram_bytes", [0, 2**30])
+def test_a_homes_rules_do_not_change_the_verdict(tiny, ram_bytes):
+    """Its quota held in the gate's own home, too, which then lacked the blocks it looked for."""
+    rules = {
+        "namespace_disk_bytes": 1,
+        "namespace_ram_bytes": 1,
+        "ttl_s": 1e-9,
+        "ram_admission": "second-use",
+        "disk_admission": "second-use",
+        "disk_write": "back",
+    }
+    verdict = verify(settings_for(tiny("llama"), ram_bytes=ram_bytes, **rules), short=True)
+    assert verdict.passed, verdict.reason
+
+
 def test_the_short_form_leaves_out_the_rows_of_strategies(tiny):
     verdict = verify(settings_for(tiny("llama")), short=True)
     assert verdict.short

@@ -94,15 +94,11 @@ def measured_advice(settings: Settings, tokens: int, candidates: Sequence[TierPr
     """
     import tempfile
 
-    from kvrag.config import Settings
     from kvrag.engine import Engine
 
-    values = settings.model_dump() | {"disk_bytes": None, "redis_url": None}
     folder = next(path for path in (settings.home, *settings.home.parents) if path.is_dir())
     with tempfile.TemporaryDirectory(prefix=".kvrag-advise-", dir=folder) as scratch:
-        values["home"] = Path(scratch)
-        near = Settings(**values | {"ram_bytes": 2**62})
-        with Engine.open(near) as engine:
+        with Engine.open(settings.apart(Path(scratch), ram_bytes=2**62)) as engine:
             prompt = _prompt(engine, tokens)
             for _ in range(_REPETITIONS):
                 engine.fill(prompt, new_tokens=1)
@@ -110,7 +106,7 @@ def measured_advice(settings: Settings, tokens: int, candidates: Sequence[TierPr
             nbytes = engine.stats().tiers[-1].nbytes
             controller, model = engine.controller, engine.model
             strategy = engine.default_strategy
-        with Engine(Settings(**values | {"ram_bytes": 0}), model=model) as engine:
+        with Engine(settings.apart(Path(scratch), ram_bytes=0), model=model) as engine:
             engine.controller = controller
             for _ in range(_REPETITIONS):
                 _drop_page_cache(Path(scratch) / "kv")
