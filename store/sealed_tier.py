@@ -7,6 +7,7 @@ what requests decrypted lie beside them, sealed blocks would cost each hit and p
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING
@@ -86,10 +87,8 @@ class SealedTier(Tier):
 
     def put(self, key: BlockKey, block: Block) -> None:
         check_key(key, block)
-        try:
+        with self._sealing():
             sealed = self._sealer.seal(block)
-        except BlockFormatError as exc:
-            raise TierFullError(self.name, f"the block cannot be sealed: {exc}") from exc
         self._tier.put(key, sealed)
 
     def delete(self, key: BlockKey) -> bool:
@@ -113,10 +112,8 @@ class SealedTier(Tier):
         return self._tier.nbytes
 
     def footprint(self, header: BlockHeader) -> int:
-        try:
+        with self._sealing():
             return self._sealer.footprint(header)
-        except BlockFormatError:
-            return header.nbytes  # no such block can be put
 
     def span(self, key: BlockKey, first: int, last: int) -> None:
         """See `Tier`: what is sealed cannot be used where it lies."""
@@ -136,6 +133,13 @@ class SealedTier(Tier):
         with self._lock:
             self._recent.clear()
         self._tier.close()
+
+    @contextlib.contextmanager
+    def _sealing(self) -> Iterator[None]:
+        try:
+            yield
+        except BlockFormatError as exc:
+            raise TierFullError(self.name, f"the block cannot be sealed: {exc}") from exc
 
     def _open(self, key: BlockKey) -> Opened | None:
         return self._opened(key, self._tier.header(key))

@@ -202,7 +202,11 @@ class Slot:
     def _write(self, key: BlockKey, block: Block, standing: Standing) -> Refused | None:
         if not self.usable():
             return Refused("it is bypassed after a failure", failure=True)
-        nbytes, cost = self.tier.footprint(block.header), recompute_cost(block.header)
+        try:
+            nbytes = self.tier.footprint(block.header)
+        except TierFullError as exc:
+            return Refused(exc.reason)  # before room is made: nothing is evicted for it
+        cost = recompute_cost(block.header)
         reservation = self.ledger.reserve(key, nbytes, cost=cost, standing=standing)
         if reservation is None:
             return Refused(self.ledger.refusal(key, nbytes))

@@ -100,7 +100,10 @@ class Tier(ABC):
         """Release what the tier holds. A second call does nothing."""
 
     def footprint(self, header: BlockHeader) -> int:
-        """Size in bytes that the block of that header has here. The default is its `nbytes`."""
+        """Size in bytes that the block of that header has here. The default is its `nbytes`.
+
+        Raises `TierFullError` if no such block can be put here, whatever room there is.
+        """
         return header.nbytes
 
     def span(self, key: BlockKey, first: int, last: int) -> memoryview | None:

@@ -268,7 +268,22 @@ def test_a_block_too_large_to_be_sealed_is_refused_and_nothing_else(tmp_path):
         outcome = store.put(make_key(1), block)
         assert outcome.tiers == ()
         assert "cannot be sealed" in outcome.refused[0][1]
+        assert store.stats().tiers[0].refused == 1
         assert store.put(make_key(2), make_block(2)).durable
+
+
+def test_a_block_too_large_to_be_sealed_pushes_none_out(tmp_path):
+    """Room was made for it first, at every try, and then it was refused."""
+    tier = SealedTier(DiskTier(tmp_path), SEALER)
+    block = make_block("large", tokens=16_250)
+    others = [make_block(name, segment_nbytes=block.nbytes) for name in range(3)]
+    with TieredStore([TierSlot(tier, sum(tier.footprint(b.header) for b in others))]) as store:
+        for other in others:
+            assert store.put(other.header.key, other).durable
+        for _ in range(2):
+            assert "cannot be sealed" in store.put(make_key("large"), block).refused[0][1]
+        stats = store.stats().tiers[0]
+        assert (stats.blocks, stats.evictions, stats.refused) == (3, 0, 2)
 
 
 def test_a_replaced_block_is_read_by_its_new_header(tmp_path):
