@@ -251,24 +251,30 @@ class Placement:
         with self.writing.held(key):
             if not self.write_back.is_owed():
                 return False
-            try:
-                with pending.source.asked():
-                    block = read_block(pending.source.tier, key)
-            except TierError:
-                block = None  # counted, and logged
-            except BlockFormatError as exc:
-                # A bit that flipped in memory must not be made durable.
-                self.quarantine_held(pending.source, key, str(exc))
-                return False
-            if block is None:
-                return False
-            refused = self._admit(pending.target, key, block)
+            refused = self._write_from(pending.source, key, pending.target)
             if refused is None:
                 return False
             level = logging.DEBUG if refused.expected or refused.failure else logging.WARNING
             name, why = pending.target.name, refused.reason
             _log.log(level, "block %s is not written back to tier %s: %s", key, name, why)
             return refused.failure
+
+    def _write_from(self, source: Slot, key: BlockKey, target: Slot) -> Refused | None:
+        """Write the copy in one slot to another; None, or why it is not there, which is counted."""
+        reason = "its copy in memory is gone"
+        try:
+            with source.asked():
+                block = read_block(source.tier, key)
+        except TierError as exc:
+            block, reason = None, exc.reason
+        except BlockFormatError as exc:
+            # A bit that flipped in memory must not be made durable.
+            self.quarantine_held(source, key, str(exc))
+            block, reason = None, "its copy in memory is damaged"
+        if block is None:
+            target.count(refused=1)
+            return Refused(reason)
+        return self._admit(target, key, block)
 
     def _guard_all(self) -> None:
         with self._lock:

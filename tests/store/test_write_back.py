@@ -153,6 +153,19 @@ def test_a_bit_that_flipped_in_memory_is_not_made_durable(store, ram, slow):
     store.flush()
     assert not slow.contains(make_key(1))
     assert of(store, "ram").damaged == 1
+    assert of(store, "slow").refused == 1
+
+
+def test_a_write_whose_block_is_gone_is_counted_and_told(store, ram, slow, caplog):
+    """The put had said that it was pending, and then nobody said anything."""
+    put(store, 0)
+    assert slow.writing.wait(10)
+    put(store, 1)
+    del ram._held[make_key(1)]
+    slow.open_gate.set()
+    store.flush()
+    assert of(store, "slow").refused == 1
+    assert "not written back to tier slow: its copy in memory is gone" in caplog.text
 
 
 def retrying(slow, *pauses_s):
