@@ -7,7 +7,8 @@
     pin(key) -> Receipt | None, unpin(receipt)   a pinned block is no victim
     stand(key, standing)                         nor is one that is kept
     touch(key), remove(key), adopt(key, nbytes)
-    idle(), is_idle(key)                         what nobody used for the time to live
+    is_idle(key)                                 whether nobody used it for the time to live
+    idle()                                       some of those that are, going round all
 
 The ledger moves no bytes: who asks deletes and writes, and no lock is held meanwhile. `used_nbytes`
 is at every instant the sum of the entries and the open reservations, and never above the limit; but
@@ -25,7 +26,6 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from .entries import Entry, Pool, Standing
@@ -43,6 +43,8 @@ _MOST_SPARED = 32
 #: Keys remembered by a policy that wants it: as many as there are entries, but within these bounds.
 _REMEMBERED = (1024, 65536)
 _MOST_NUMBERS = 4096
+#: Blocks looked at in one call for their time to live: half a millisecond.
+_LOOKED_AT = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,7 @@ class Ledger:
         self._age = 0.0
         self._remembered: OrderedDict[bytes, None] = OrderedDict()
         self._numbers: dict[int, int] = {}
+        self._to_look_at: list[bytes] = []
 
     @property
     def used_nbytes(self) -> int:
@@ -327,19 +330,24 @@ class Ledger:
             return entry is not None and self._is_idle_locked(entry)
 
     def idle(self, most: int) -> list[BlockKey]:
-        """Some blocks whose time to live has passed, at most `most`: those that head a queue."""
+        """Some blocks whose time to live has passed, at most `most`.
+
+        Calls go round all blocks, a bounded number at a time: queues are no help, since a policy
+        may leave what is used in its place, in front of what is not.
+        """
         if self.limits.ttl_s is None:
             return []
+        found: list[BlockKey] = []
         with self._lock:
-            found = [
-                unpacked(entry.packed)
-                for pool in self._pools.values()
-                if pool.standing is Standing.PASSING
-                for queue in pool.queues.values()
-                for entry in islice(queue, most)
-                if self._is_idle_locked(entry)
-            ]
-        return found[:most]
+            if not self._to_look_at:
+                self._to_look_at.extend(reversed(self._entries))
+            for _ in range(min(_LOOKED_AT, len(self._to_look_at))):
+                entry = self._entries.get(self._to_look_at.pop())
+                if entry is not None and self._is_idle_locked(entry):
+                    found.append(unpacked(entry.packed))
+                    if len(found) == most:
+                        break
+        return found
 
     # -- all below with the lock held --------------------------------------------------------------
 

@@ -9,6 +9,8 @@ import pytest
 
 from kvrag.store.admission import SecondUse
 from kvrag.store.disk import DiskTier
+from kvrag.store.eviction import POLICIES, policy_named
+from kvrag.store.ledger import Ledger
 from kvrag.store.ram import RamTier
 from kvrag.store.stats import LATENCY_BOUNDS_S, LatencyCounter
 from kvrag.store.tiered import Limits, TieredStore, TierSlot
@@ -157,6 +159,38 @@ def test_puts_sweep_what_nobody_asks_for():
         put(store, 9)
         assert names(slow) == {9}
         assert of(store, "slow").nbytes == SIZE
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_puts_sweep_what_lies_behind_blocks_that_are_used(policy):
+    """S3-FIFO leaves what is used at its place: sixteen such blocks hid all that came after."""
+    clock, ram = FakeClock(), RamTier()
+    slots = [TierSlot(ram, Limits(ttl_s=60), policy=policy_named(policy))]
+    with TieredStore(slots, clock=clock) as store:
+        for name in range(40):
+            put(store, name)
+        for _ in range(5):
+            clock.now += 50
+            for name in range(16):
+                assert read(store, name) == "ram"
+            put(store, "new")
+        assert names(ram) == set(range(16))
+
+
+def test_a_sweep_looks_at_a_bounded_number_and_goes_round():
+    clock = FakeClock()
+    ledger = Ledger(Limits(ttl_s=10), clock=clock)
+    ledger.load((make_key(name), 1, 0.0) for name in range(3000))
+    clock.now += 11
+    for name in range(2900):
+        ledger.touch(make_key(name))
+    for _ in range(2):
+        found = [key for _ in range(3) for key in ledger.idle(100)]
+        assert sorted(found) == sorted(make_key(name) for name in range(2900, 3000))
+    for _ in range(2):
+        assert ledger.idle(100) == []  # further from the end than one call goes
+    assert len(ledger.idle(60)) == 60
+    assert len(ledger.idle(60)) == 40
 
 
 def test_the_time_goes_on_over_a_restart(tmp_path):
