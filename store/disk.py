@@ -41,7 +41,7 @@ __all__ = ["DiskTier"]
 
 #: Memory kept for the next reads: what a prompt of 4,096 tokens takes of a small model.
 _KEPT_NBYTES = 2**27
-_TOUCH_GRAIN_S = 3600.0
+_TOUCH_GRAIN_S = 60.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _TRIES = 4  # to write while someone removes the folders
@@ -154,7 +154,7 @@ class DiskTier(Tier):
             self._quarantine.take(self._layout.path(key), key)
 
     def touch(self, key: BlockKey) -> None:
-        """Set the file's modification time, at most once an hour."""
+        """Set the file's modification time, at most once a minute."""
         now_s, path = time.time(), self._layout.path(key)
         with contextlib.suppress(OSError):
             # Below 0 the clock was set back, and what the file says must be corrected.
@@ -173,6 +173,14 @@ class DiskTier(Tier):
             return cached_share(descriptor, 0, header.nbytes)
         finally:
             os.close(descriptor)
+
+    def idle_s(self, key: BlockKey) -> float | None:
+        """To the minute, see `touch`."""
+        with self._outages():
+            try:
+                return max(0.0, time.time() - self._layout.path(key).lstat().st_mtime)
+            except FileNotFoundError:
+                return None
 
     def close(self) -> None:
         self._closed = True

@@ -271,14 +271,17 @@ class Ledger:
                 receipt._released = True
                 receipt._entry.pins -= 1
 
-    def touch(self, key: BlockKey, *, cost: int | None = None) -> bool:
-        """Note a use, and what the block costs if that is known now; whether it is entered."""
+    def touch(self, key: BlockKey, *, cost: int | None = None, idle_s: float = 0.0) -> bool:
+        """Note a use, and what the block costs if that is known now; whether it is entered.
+
+        `idle_s`: for how many seconds it was not used since.
+        """
         with self._lock:
             entry = self._entries.get(packed(key))
             if entry is None:
                 return False
             entry.uses = min(entry.uses + 1, self.policy.most_uses)
-            entry.used_s = int(self._clock())
+            entry.used_s = int(self._clock() - idle_s)
             if cost is not None:
                 entry.cost = self._shared_locked(cost)
             if not self.policy.keeps_place:

@@ -115,7 +115,7 @@ class Placement:
                 self._admit(slot, key, block)
 
     def expire(self, key: BlockKey) -> None:
-        """Delete the block from the tiers in which its time to live has passed."""
+        """Delete the block from the tiers in which its time to live has passed, for all we know."""
         if not any(slot.ledger.is_idle(key) for slot in self.slots):
             return
         with self.writing.held(key):

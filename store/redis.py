@@ -192,6 +192,11 @@ class RedisTier(Tier):
                     found[key] = StoredBlock(key, nbytes, idle_s)
         return sorted(found.values(), key=lambda entry: -entry.idle_s)
 
+    def idle_s(self, key: BlockKey) -> float | None:
+        """None also where Redis keeps no order of use, as with an LFU policy."""
+        (reply,) = self._link.run(("OBJECT IDLETIME", self._name(key)))
+        return float(reply) if isinstance(reply, int) else None
+
     @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries())

@@ -129,6 +129,9 @@ class SealedTier(Tier):
     def cached_share(self, header: BlockHeader) -> float | None:
         return self._tier.cached_share(header)
 
+    def idle_s(self, key: BlockKey) -> float | None:
+        return self._tier.idle_s(key)
+
     def close(self) -> None:
         with self._lock:
             self._recent.clear()

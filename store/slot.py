@@ -183,10 +183,18 @@ class Slot:
         return refused
 
     def expire(self, key: BlockKey) -> None:
-        """Delete a block whose time to live has passed. Never raises `TierError`."""
+        """Delete a block whose time to live has passed, unless another process used it meanwhile.
+
+        Never raises `TierError`.
+        """
+        ttl_s = self.ledger.limits.ttl_s
         try:
             self.require_usable()
             with self.asked():
+                idle_s = self.tier.idle_s(key)
+                if idle_s is not None and ttl_s is not None and idle_s <= ttl_s:
+                    self.ledger.touch(key, idle_s=idle_s)
+                    return
                 self.tier.delete(key)
         except TierError:
             return

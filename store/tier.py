@@ -134,6 +134,13 @@ class Tier(ABC):
         """
         return None
 
+    def idle_s(self, key: BlockKey) -> float | None:
+        """For how many seconds no process used the block, as far as the tier remembers.
+
+        None, which the default is, if it does not, or there is no block.
+        """
+        return None
+
     def headers(self, keys: Sequence[BlockKey]) -> list[BlockHeader | BlockFormatError | None]:
         """`header` of each key, in order; damage stands in its place instead of being raised."""
         found: list[BlockHeader | BlockFormatError | None] = []

@@ -171,6 +171,12 @@ class TierContract(ABC):
         assert set(tier.entries()) == expected
         assert tier.nbytes == sum(block.nbytes for block in blocks)
 
+    def test_how_long_a_block_was_not_used(self, tier):
+        assert tier.idle_s(make_key(1)) is None
+        tier.put(make_key(1), make_block(1))
+        idle_s = tier.idle_s(make_key(1))
+        assert idle_s is None or 0 <= idle_s < 30
+
     @pytest.mark.parametrize(("first", "last"), [(-1, 1), (1, 1), (2, 1), (0, 0)])
     def test_a_range_that_is_none_is_refused(self, tier, first, last):
         tier.put(make_key(1), make_block(1))

@@ -363,3 +363,17 @@ def test_a_block_laid_by_others_is_verified_as_any(tier, client):
     _, view = tier.segments(make_key(1), 0, 2)
     with pytest.raises(BlockFormatError):
         verify_segment(block.header, 1, view)
+
+
+def test_any_process_that_reads_a_block_uses_it(server, client, tier):
+    tier.put(make_key(1), make_block(1))
+    time.sleep(2.1)
+    assert tier.idle_s(make_key(1)) >= 1
+    with make_tier(server.url) as other:
+        other.segments(make_key(1), 0, 2)
+    assert tier.idle_s(make_key(1)) == 0
+    client.config_set("maxmemory-policy", "allkeys-lfu")
+    try:
+        assert tier.idle_s(make_key(1)) is None  # it counts uses, and keeps no times
+    finally:
+        client.config_set("maxmemory-policy", "noeviction")

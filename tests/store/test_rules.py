@@ -207,6 +207,35 @@ def test_the_time_goes_on_over_a_restart(tmp_path):
         assert read(store, 1) == "disk"
 
 
+def test_what_another_process_uses_does_not_end(tmp_path):
+    """Each process knew of its own uses alone: one deleted what the other had used just now."""
+    limits, clock = Limits(ttl_s=600), FakeClock()
+    with (
+        TieredStore([TierSlot(DiskTier(tmp_path), limits)]) as one,
+        TieredStore([TierSlot(DiskTier(tmp_path), limits)], clock=clock) as other,
+    ):
+        for name in range(3):
+            put(other, name)
+        paths = [next(tmp_path.rglob(f"{make_key(name).digest}.kv")) for name in range(3)]
+        now = time.time()
+        for path in paths:
+            os.utime(path, (now - 590, now - 590))
+        assert read(one, 0) == "disk"  # a use, ten seconds before its time is over
+        os.utime(paths[1], (now - 700, now - 700))
+        clock.now += 601
+        put(other, 9)
+        assert [path.exists() for path in paths] == [True, False, True]
+        clock.now += 5
+        put(other, 9)
+        assert paths[2].exists()  # used ten seconds before its end, as the disk says
+        os.utime(paths[2], (now - 700, now - 700))
+        clock.now += 6
+        assert read(other, 2) is None
+        assert not paths[2].exists()
+        clock.now += 580
+        assert read(other, 0) == "disk"
+
+
 # -- second use --------------------------------------------------------------------------------
 
 
