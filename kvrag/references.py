@@ -28,14 +28,20 @@ class References:
         self._catalog, self._store = catalog, store
         self._lock = threading.RLock()
         self._version: int | None = None
+        self._seen = 0  # the number of the last reference protected by `refresh`
         self.refresh()
 
     def refresh(self) -> None:
-        """Protect what other processes have referred to since the last call; cheap if nothing."""
+        """Protect what other processes have referred to since the last call.
+
+        Every query calls it, also while another process makes a corpus: it looks at nothing twice.
+        """
         with self._lock:
             version = self._catalog.data_version()
             if version != self._version:
-                self._store.protect(BlockKey.parse(key) for key in self._catalog.block_keys())
+                for number, key in self._catalog.block_refs_above(self._seen):
+                    self._store.protect([BlockKey.parse(key)])
+                    self._seen = number
                 self._version = version
 
     def add(self, key: BlockKey, chunk_id: int, scope: str) -> bool:

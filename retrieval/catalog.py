@@ -374,6 +374,18 @@ class Catalog:
         )
         return [chunk_id for (chunk_id,) in rows]
 
+    def block_refs_above(self, number: int) -> Iterator[tuple[int, str]]:
+        """Yield (number, block key) of the references noted later than that one, ascending.
+
+        Numbers grow, and none is given twice; 0 is before all. A key comes as often as it was
+        referred to.
+        """
+        yield from self._pages(
+            "SELECT id, block_key FROM block_refs WHERE id > ? ORDER BY id LIMIT ?",
+            (),
+            after=number,
+        )
+
     def chunks_without_block(self, namespace: str, scope: str) -> Iterator[int]:
         """Yield the ids of chunks that have no block in `scope`, ascending."""
         for (chunk_id,) in self._pages(
@@ -487,10 +499,14 @@ class Catalog:
             yield from self._rows(sql.format(ids=marks), (*values, *batch))
 
     def _pages(
-        self, sql: str, values: tuple[object, ...], *, batch_rows: int = _BATCH_ROWS
+        self,
+        sql: str,
+        values: tuple[object, ...],
+        *,
+        after: int = 0,
+        batch_rows: int = _BATCH_ROWS,
     ) -> Iterator[Any]:
         """Rows of `sql`, whose last two values are "id greater than" and "at most"."""
-        after = 0
         while rows := self._rows(sql, (*values, after, batch_rows)):
             after = rows[-1][0]
             yield from rows

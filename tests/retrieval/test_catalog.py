@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
 
@@ -131,6 +132,25 @@ def test_a_copy_is_the_same_catalog_without_references(catalog, tmp_path):
     assert list(catalog.block_keys()) == ["key-1"]
 
 
+def test_references_are_numbered_and_no_number_comes_twice(catalog):
+    add(catalog, 1, chunks=700)
+    ids = catalog.document_chunks("default", make_document(1).id)
+    for chunk_id in ids:
+        catalog.add_block_ref(f"key-{chunk_id}", chunk_id, "m")
+    seen = list(catalog.block_refs_above(0))
+    assert [key for _, key in seen] == [f"key-{chunk_id}" for chunk_id in ids]
+    last, _ = seen[-1]
+    assert list(catalog.block_refs_above(last)) == []
+    catalog.add_block_ref(f"key-{ids[-1]}", ids[-1], "m")  # is there already
+    assert list(catalog.block_refs_above(last)) == []
+    catalog.delete_document("default", make_document(1).id)
+    add(catalog, 2, chunks=1)
+    (chunk_id,) = catalog.document_chunks("default", make_document(2).id)
+    catalog.add_block_ref("key-1", chunk_id, "m")
+    ((number, key),) = catalog.block_refs_above(last)
+    assert (number > last, key) == (True, "key-1")
+
+
 def test_iterators_page_and_see_changes(catalog):
     add(catalog, 1, chunks=1100)
     missing = catalog.chunks_without_block("default", "m")
@@ -238,6 +258,45 @@ def test_inputs_that_do_not_line_up_change_nothing(catalog, change):
 
 
 # ---- what can be wrong with the file ----------------------------------------------------------
+
+
+def test_a_catalog_of_version_1_is_brought_up_to_date(tmp_path):
+    references = [("key-1", 0, "a"), ("key-1", 1, "a"), ("key-2", 0, "b")]
+    with open_catalog(tmp_path) as catalog:
+        add(catalog, 1, chunks=2)
+        ids = catalog.document_chunks("default", make_document(1).id)
+        identity = catalog.identity
+    with contextlib.closing(sqlite3.connect(tmp_path / "catalog.sqlite")) as db:
+        db.executescript(
+            """
+            DROP TABLE block_refs;
+            CREATE TABLE block_refs (
+                chunk_id INTEGER NOT NULL REFERENCES chunks (id) ON DELETE CASCADE,
+                scope TEXT NOT NULL, block_key TEXT NOT NULL, namespace TEXT NOT NULL,
+                PRIMARY KEY (chunk_id, scope, block_key)
+            ) WITHOUT ROWID;
+            CREATE INDEX block_refs_of_key ON block_refs (block_key);
+            PRAGMA user_version = 1;
+            """
+        )
+        rows = [(ids[chunk], scope, key, "default") for key, chunk, scope in references]
+        db.executemany("INSERT INTO block_refs VALUES (?, ?, ?, ?)", rows)
+        db.commit()
+    for _ in range(2):
+        with open_catalog(tmp_path) as catalog:
+            assert catalog.identity == identity
+            assert list(catalog.block_keys()) == ["key-1", "key-2"]
+            assert [number for number, _ in catalog.block_refs_above(0)] == [1, 2, 3]
+            assert list(catalog.chunks_without_block("default", "b")) == [ids[1]]
+    with open_catalog(tmp_path) as catalog:
+        assert catalog.add_block_ref("key-3", ids[1], "b")
+        assert list(catalog.block_refs_above(3)) == [(4, "key-3")]
+        deleted = catalog.delete_document("default", make_document(1).id)
+        assert deleted.orphaned_block_keys == ("key-1", "key-2", "key-3")
+        assert list(catalog.block_refs_above(0)) == []
+    with contextlib.closing(sqlite3.connect(tmp_path / "catalog.sqlite")) as db:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert db.execute("PRAGMA user_version").fetchone() == (2,)
 
 
 def test_newer_schema_is_refused_by_name(tmp_path):
