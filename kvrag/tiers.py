@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from kvrag.config import Settings
 from kvrag.errors import MissingExtraError, SettingsError
 from kvrag.home import Home
-from kvrag.store.buffers import aligned_buffer
+from kvrag.pinned import pinned_memory
 from kvrag.store.disk import DiskTier
 from kvrag.store.encryption_key import agree_on_key, key_from_text, read_key_file
 from kvrag.store.eviction import policy_named
@@ -59,9 +61,11 @@ def tier_slots(settings: Settings, sealer: Sealer | None = None) -> list[TierSlo
     def outside(tier: Tier) -> Tier:
         return tier if sealer is None else SealedTier(tier, sealer)
 
+    on_gpu = settings.device.startswith("cuda")
+    pinned = partial(pinned_memory, device=settings.device)
     slots = [
         TierSlot(
-            RamTier(allocate=_pinned if settings.device.startswith("cuda") else None),
+            RamTier(allocate=pinned if on_gpu else None),
             Limits(
                 settings.ram_bytes,
                 namespace_nbytes=settings.namespace_ram_bytes,
@@ -124,18 +128,3 @@ def open_redis(settings: Settings, url: str, *, name: str = "redis") -> RedisTie
         raise MissingExtraError(
             "a Redis is named, which needs redis-py: pip install 'kvrag[redis]'"
         ) from exc
-
-
-def _pinned(nbytes: int) -> memoryview:
-    """Memory that a GPU copies from by itself, at the start of a page as CUDA gives it.
-
-    Ordinary memory where the system pins no more: such a block is staged as one from the disk is.
-    """
-    import torch
-
-    try:
-        memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError:
-        return aligned_buffer(nbytes)
-    data: memoryview = memory.numpy().data
-    return data
