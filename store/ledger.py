@@ -134,11 +134,6 @@ class Ledger:
         with self._lock:
             return self._used_nbytes
 
-    def used_by(self, tag: str) -> int:
-        """Of them, those of one namespace."""
-        with self._lock:
-            return self._used[tag]
-
     def __len__(self) -> int:
         with self._lock:
             return len(self._entries)

@@ -23,20 +23,6 @@ class Latency:
     def count(self) -> int:
         return sum(self.counts)
 
-    def quantile(self, share: float) -> float | None:
-        """The upper end of the bucket that the quantile lies in; None without operations.
-
-        What lies beyond the last bound is told as infinite.
-        """
-        if not 0 <= share <= 1:
-            raise ValueError(f"a quantile is from 0 to 1, got {share}")
-        left: float = share * self.count
-        for count, bound in zip(self.counts, (*LATENCY_BOUNDS_S, float("inf")), strict=True):
-            left -= count
-            if count and left <= 0:
-                return bound
-        return None
-
 
 class LatencyCounter:
     """Fills the buckets. Thread-safe."""

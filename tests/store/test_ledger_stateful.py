@@ -136,7 +136,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert all(key in self.ledger for key in self.held)
         assert self.ledger.used_nbytes == self.used() <= LIMIT
         for tag in TAGS:
-            assert self.ledger.used_by(tag) == self.used(tag) <= QUOTA
+            assert self.ledger._used[tag] == self.used(tag) <= QUOTA
 
 
 TestLedger = LedgerMachine.TestCase
