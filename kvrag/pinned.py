@@ -24,7 +24,7 @@ def pinned_memory(nbytes: int, device: str) -> memoryview:
     memory = np.frombuffer(mmap.mmap(-1, nbytes), dtype=np.uint8)
     address = memory.ctypes.data
     with torch.cuda.device(device):
-        runtime = torch.cuda.cudart()
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         if int(runtime.cudaHostRegister(address, nbytes, _PORTABLE)):
             # The system pins no more. CUDA tells the same error to the next who starts a kernel
             # here, which must not be a query.
