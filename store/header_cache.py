@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
+
+from .recent import Recent
 
 if TYPE_CHECKING:
     import os
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["HeaderCache"]
 
-_MOST = 256
-
 
 class _Kept(NamedTuple):
     identity: tuple[int, ...]
@@ -24,37 +22,29 @@ class _Kept(NamedTuple):
 
 
 class HeaderCache:
-    """The headers read last. Thread-safe. A file that was replaced is not found here."""
+    """The headers used last. Thread-safe. A file that was replaced is not found here."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._headers: OrderedDict[BlockKey, _Kept] = OrderedDict()
+        self._headers: Recent[_Kept] = Recent()
 
     def keep(
         self, key: BlockKey, status: os.stat_result, region: bytes, header: BlockHeader
     ) -> None:
         """`region`: the bytes that the header was decoded from."""
-        with self._lock:
-            self._headers[key] = _Kept(_identity(status), region, header)
-            self._headers.move_to_end(key)
-            while len(self._headers) > _MOST:
-                self._headers.popitem(last=False)
+        self._headers.keep(key, _Kept(_identity(status), region, header))
 
     def get(self, key: BlockKey, status: os.stat_result) -> BlockHeader | None:
         """The header kept of that very file."""
-        with self._lock:
-            kept = self._headers.get(key)
-            return kept.header if kept and kept.identity == _identity(status) else None
+        kept = self._headers.get(key)
+        return kept.header if kept and kept.identity == _identity(status) else None
 
     def decoded(self, key: BlockKey, region: bytes) -> BlockHeader | None:
         """The header kept that was decoded from the same bytes."""
-        with self._lock:
-            kept = self._headers.get(key)
-            return kept.header if kept and kept.region == region else None
+        kept = self._headers.get(key)
+        return kept.header if kept and kept.region == region else None
 
     def clear(self) -> None:
-        with self._lock:
-            self._headers.clear()
+        self._headers.clear()
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:

@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import math
 import struct
-import threading
-from collections import OrderedDict
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +29,7 @@ from .block import BlockHeader, decode_header
 from .errors import BlockFormatError, InvalidKeyError
 from .header_bytes import PREAMBLE_NBYTES
 from .keys import BlockKey
+from .recent import Recent
 from .redis_address import RedisAddress
 from .redis_link import Command, RedisLink
 from .tier import StoredBlock, Tier, check_key
@@ -48,7 +47,6 @@ _CHECKSUM = slice(PREAMBLE_NBYTES, PREAMBLE_NBYTES + 8)
 _SCAN_COUNT = 1000
 #: Keys a pipeline of a batch: with headers, half a MiB of answers.
 _BATCH = 128
-_CACHED_HEADERS = 256
 _MAX_PREFIX = 64
 
 
@@ -90,7 +88,8 @@ class RedisTier(Tier):
         self._prefix = prefix.encode()
         self._ttl_ms = None if ttl_s is None else max(1, round(1000 * ttl_s))
         self._address = RedisAddress.parse(url)
-        self._headers = _Headers()
+        #: Headers, each with the stamp of its version.
+        self._headers: Recent[tuple[bytes, BlockHeader]] = Recent()
         self._link = RedisLink(
             self._address,
             name,
@@ -120,7 +119,7 @@ class RedisTier(Tier):
     def segments(self, key: BlockKey, first: int, last: int) -> list[memoryview] | None:
         if not 0 <= first < last:
             raise ValueError(f"a range of segments needs 0 <= first < last, got {first} and {last}")
-        stamp, header = self._headers.get(key)
+        stamp, header = self._headers.get(key) or (None, None)
         while True:
             with_header = [] if header is not None else [_HEADER]
             fields = [_STAMP, *with_header, *range(first, last)]
@@ -232,7 +231,7 @@ class RedisTier(Tier):
         header = decode_header(head, expect_key=key)
         if stamp != _stamp(header.nbytes, head):
             raise BlockFormatError("the block has another size or version than its header says")
-        self._headers.keep(key, stamp, header)
+        self._headers.keep(key, (stamp, header))
         return header
 
     def _fields(self, reply: object, count: int) -> list[bytes | None] | None:
@@ -270,33 +269,6 @@ class RedisTier(Tier):
                 yield BlockKey.parse(name.removeprefix(self._prefix).decode("ascii"))
             except (InvalidKeyError, UnicodeDecodeError):
                 continue
-
-
-class _Headers:
-    """The headers seen last, each with the stamp of its version. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[BlockKey, tuple[bytes, BlockHeader]] = OrderedDict()
-
-    def get(self, key: BlockKey) -> tuple[bytes | None, BlockHeader | None]:
-        with self._lock:
-            return self._kept.get(key, (None, None))
-
-    def keep(self, key: BlockKey, stamp: bytes, header: BlockHeader) -> None:
-        with self._lock:
-            self._kept[key] = stamp, header
-            self._kept.move_to_end(key)
-            while len(self._kept) > _CACHED_HEADERS:
-                self._kept.popitem(last=False)
-
-    def forget(self, key: BlockKey) -> None:
-        with self._lock:
-            self._kept.pop(key, None)
-
-    def clear(self) -> None:
-        with self._lock:
-            self._kept.clear()
 
 
 def _stamp(nbytes: int, head: bytes) -> bytes:

@@ -8,11 +8,10 @@ what requests decrypted lie beside them, sealed blocks would cost each hit and p
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from .errors import BlockFormatError, TierFullError
+from .recent import Recent
 from .tier import StoredBlock, Tier, check_key, segment_range
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SealedTier"]
 
-_CACHED_HEADERS = 256
 _ATTEMPTS = 8
 
 
@@ -42,8 +40,7 @@ class SealedTier(Tier):
         self.durable, self.in_process = tier.durable, tier.in_process
         self._tier = tier
         self._sealer = sealer
-        self._lock = threading.Lock()
-        self._recent: OrderedDict[BlockKey, Opened] = OrderedDict()
+        self._recent: Recent[Opened] = Recent()
 
     def header(self, key: BlockKey) -> BlockHeader | None:
         opened = self._open(key)
@@ -61,8 +58,7 @@ class SealedTier(Tier):
         return found
 
     def segments(self, key: BlockKey, first: int, last: int) -> list[memoryview] | None:
-        with self._lock:
-            opened = self._recent.get(key)
+        opened = self._recent.get(key)
         if opened is None:
             opened = self._open(key)
         for _ in range(_ATTEMPTS):
@@ -71,7 +67,7 @@ class SealedTier(Tier):
             segment_range(opened.header, first, last)
             sealed = self._tier.segments(key, first, last)
             if sealed is None:
-                self._forget(key)
+                self._recent.forget(key)
                 return None
             segments = opened.segments(first, sealed)
             if segments is not None:
@@ -92,7 +88,7 @@ class SealedTier(Tier):
         self._tier.put(key, sealed)
 
     def delete(self, key: BlockKey) -> bool:
-        self._forget(key)
+        self._recent.forget(key)
         return self._tier.delete(key)
 
     def contains(self, key: BlockKey) -> bool:
@@ -120,7 +116,7 @@ class SealedTier(Tier):
         return
 
     def quarantine(self, key: BlockKey) -> None:
-        self._forget(key)
+        self._recent.forget(key)
         self._tier.quarantine(key)
 
     def touch(self, key: BlockKey) -> None:
@@ -133,8 +129,7 @@ class SealedTier(Tier):
         return self._tier.idle_s(key)
 
     def close(self) -> None:
-        with self._lock:
-            self._recent.clear()
+        self._recent.clear()
         self._tier.close()
 
     @contextlib.contextmanager
@@ -150,17 +145,10 @@ class SealedTier(Tier):
     def _opened(
         self, key: BlockKey, sealed: BlockHeader | BlockFormatError | None
     ) -> Opened | None:
-        self._forget(key)
+        self._recent.forget(key)
         if isinstance(sealed, BlockFormatError):
             raise sealed
         opened = None if sealed is None else self._sealer.open(sealed)
         if opened is not None:
-            with self._lock:
-                self._recent[key] = opened
-                while len(self._recent) > _CACHED_HEADERS:
-                    self._recent.popitem(last=False)
+            self._recent.keep(key, opened)
         return opened
-
-    def _forget(self, key: BlockKey) -> None:
-        with self._lock:
-            self._recent.pop(key, None)
