@@ -90,8 +90,11 @@ class RedisAddress:
             raise RedisUrlError(f"the URL is malformed ({type(exc).__name__})") from None
         if parts.fragment:
             raise RedisUrlError("a Redis URL has no part behind '#'; in a password write %23")
-        options = _options(parts.query, kind, tls=tls)
         userinfo, _, hosts = parts.netloc.rpartition("@")
+        default_port = _SENTINEL_PORT if kind == "sentinel" else _PORT
+        # First: a password with an unquoted '?' or '/' ends the hosts, and is no option or service.
+        nodes = () if kind == "unix" else _nodes(hosts, default_port, many=kind != "single")
+        options = _options(parts.query, kind, tls=tls)
         path = [unquote(piece) for piece in parts.path.split("/")[1:] if piece]
         service = ""
         if kind == "sentinel":
@@ -100,15 +103,18 @@ class RedisAddress:
                     "a URL of Sentinel names the service behind its hosts: "
                     "redis+sentinel://host:26379/service"
                 )
+            if "@" in parts.path:
+                raise RedisUrlError(
+                    "the service of Sentinel has no '@'; in a password write %2F for '/'"
+                )
             service = path.pop(0)
         if kind == "unix":
             if hosts or not path:
                 raise RedisUrlError("a unix:// URL has the socket's path: unix:///run/redis.sock")
             path = []
-        default_port = _SENTINEL_PORT if kind == "sentinel" else _PORT
         return cls(
             scheme=scheme,
-            nodes=() if kind == "unix" else _nodes(hosts, default_port, many=kind != "single"),
+            nodes=nodes,
             path=unquote(parts.path) if kind == "unix" else "",
             service=service,
             db=_db(path, options.pop("db", None), kind),
@@ -166,9 +172,10 @@ def _options(query: str, kind: Kind, *, tls: bool) -> dict[str, Option]:
     options: dict[str, Option] = {}
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name not in allowed:
+            # Not its name: of a password with an unquoted '?' or '&' the rest would stand in it.
             raise RedisUrlError(
-                f"option {name!r:.60} is not known in such a URL; "
-                f"known are {', '.join(sorted(allowed))}"
+                "an option behind '?' is not known in such a URL; "
+                f"known are {', '.join(sorted(allowed))}; in a password write %3F and %26"
             )
         options[name] = _flag(name, value) if name == "ssl_check_hostname" else value
     reqs = options.get("ssl_cert_reqs", "required")

@@ -94,6 +94,11 @@ def test_what_is_no_url_is_told(url, reason):
         "rediss://h?ssl_password=s3cret&nothing=1",
         "s3cret://h",
         "redis://user:s3cret@[h/0",
+        "redis://:p?s3cret@h:6379/0",
+        "redis://user?s3cret=1@h/0",
+        "redis://user?s3cret@h/0",
+        "redis+sentinel://user:1/s3cret@h",
+        "redis+sentinel://h/main?sentinel_password=p&s3cret",
     ],
 )
 def test_a_refusal_tells_no_secret(url):
