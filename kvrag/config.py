@@ -22,6 +22,7 @@ from pydantic_settings import (
 
 from kvrag.errors import SettingsError
 from kvrag.store.encryption_key import key_from_text
+from kvrag.store.ledger import LONGEST_TTL_S
 from kvrag.store.redis_address import RedisAddress
 
 __all__ = ["DEFAULT_INSTRUCTION", "Settings", "value_from_text"]
@@ -179,6 +180,7 @@ class Settings(BaseSettings):
     ttl_s: float | None = Field(
         None,
         gt=0,
+        le=LONGEST_TTL_S,
         description="Seconds without use after which KV that no corpus refers to is deleted.",
     )
     redis_url: SecretStr | None = Field(
@@ -190,8 +192,8 @@ class Settings(BaseSettings):
     redis_ttl_s: float | None = Field(
         None,
         gt=0,
-        allow_inf_nan=False,
-        description="Seconds a block stays in Redis unread; None leaves that to Redis.",
+        le=LONGEST_TTL_S,
+        description="Seconds a block stays in Redis unread; None is ttl_s, if that is set.",
     )
     redis_connect_timeout_s: float = Field(
         1.0, gt=0, le=600, description="Most seconds for connecting to Redis."

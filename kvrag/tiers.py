@@ -88,7 +88,8 @@ def tier_slots(settings: Settings, sealer: Sealer | None = None) -> list[TierSlo
         ),
     ]
     if settings.redis_url is not None:
-        slots.append(TierSlot(outside(open_tier(settings, "redis")), settings.redis_bytes))
+        limits = Limits(settings.redis_bytes, ttl_s=settings.ttl_s)
+        slots.append(TierSlot(outside(open_tier(settings, "redis")), limits))
     return slots
 
 
@@ -119,7 +120,8 @@ def open_redis(settings: Settings, url: str, *, name: str = "redis") -> RedisTie
             url,
             name,
             prefix=settings.redis_prefix,
-            ttl_s=settings.redis_ttl_s,
+            # Redis ends by itself what no process knows of any more, of a corpus or not.
+            ttl_s=settings.ttl_s if settings.redis_ttl_s is None else settings.redis_ttl_s,
             connect_timeout_s=settings.redis_connect_timeout_s,
             timeout_s=settings.redis_timeout_s,
             connections=settings.redis_connections,

@@ -35,7 +35,18 @@ from .keys import BlockKey, packed, unpacked
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["Entry", "Ledger", "Limits", "Receipt", "Reservation", "Standing"]
+__all__ = [
+    "LONGEST_TTL_S",
+    "Entry",
+    "Ledger",
+    "Limits",
+    "Receipt",
+    "Reservation",
+    "Standing",
+]
+
+#: Thirty years. Redis counts milliseconds from 1970 in 63 bits, and refuses what goes beyond.
+LONGEST_TTL_S = 1e9
 
 #: Entries moved to another place instead of being evicted, for one victim. A longer search would
 #: evict better, and make somebody wait.

@@ -29,6 +29,7 @@ from .block import BlockHeader, decode_header
 from .errors import BlockFormatError, InvalidKeyError
 from .header_bytes import PREAMBLE_NBYTES
 from .keys import BlockKey
+from .ledger import LONGEST_TTL_S
 from .recent import Recent
 from .redis_address import RedisAddress
 from .redis_link import Command, RedisLink
@@ -70,7 +71,10 @@ class RedisTier(Tier):
         timeout_s: float = 1.0,
         connections: int = 16,
     ) -> None:
-        """`ttl_s`: seconds after which a block goes that was neither written nor read from here."""
+        """`ttl_s`: seconds after which a block goes that was neither written nor read from here.
+
+        At most `LONGEST_TTL_S`.
+        """
         for what, value in (
             ("ttl_s", 1.0 if ttl_s is None else ttl_s),
             ("connect_timeout_s", connect_timeout_s),
@@ -79,6 +83,8 @@ class RedisTier(Tier):
         ):
             if not 0 < value < math.inf:
                 raise ValueError(f"{what} of tier {name} must be more than 0, got {value}")
+        if ttl_s is not None and ttl_s > LONGEST_TTL_S:
+            raise ValueError(f"ttl_s of tier {name} is at most {LONGEST_TTL_S:g}, got {ttl_s}")
         if len(prefix) > _MAX_PREFIX or not prefix.isprintable():
             raise ValueError(
                 f"prefix of tier {name} must be at most {_MAX_PREFIX} printable characters, "

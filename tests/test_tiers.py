@@ -1,4 +1,4 @@
-"""Which memory the tiers of a home take, and which of their rules hold in a home set apart."""
+"""The tiers of a home: which memory they take, and which rules reach which of them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from kvrag import Settings, tiers
+from kvrag.errors import SettingsError
 from kvrag.store.ram import RamTier
-from tests.store.helpers import make_block, make_key, whole_bytes
+from kvrag.store.tiered import TieredStore
+from tests.store.doubles import FakeClock
+from tests.store.helpers import FINGERPRINT, make_block, make_key, token_ids, whole_bytes
 
 
 @pytest.mark.parametrize(("device", "pins"), [("cpu", False), ("cuda", True), ("cuda:1", True)])
@@ -69,3 +72,50 @@ def test_a_home_set_apart_is_not_given_the_environments_rules(monkeypatch):
     monkeypatch.setenv("KVRAG_TTL_S", "5")
     apart = Settings().apart(Path("/elsewhere"))
     assert (apart.disk_bytes, apart.ttl_s) == (None, None)
+
+
+# -- the rules of a home, in Redis too -------------------------------------------------------------
+
+
+@pytest.fixture
+def server(tmp_path):
+    from tests.store.redis_server import RedisServer
+
+    with RedisServer(tmp_path / "redis") as server:
+        yield server
+
+
+def ttl_in_redis_s(server, home, **settings):
+    with TieredStore(tiers.tier_slots(Settings(home=home, redis_url=server.url, **settings))) as s:
+        s.put(make_key(1), make_block(1))
+    with server.client() as client:
+        return client.pttl(f"kvrag:{make_key(1)}") / 1000
+
+
+@pytest.mark.redis
+def test_what_nobody_used_ends_in_redis_too(server, tmp_path):
+    """`ttl_s` reached memory and disk alone: the copy in Redis went on answering."""
+    clock = FakeClock()
+    settings = Settings(home=tmp_path / "home", ttl_s=60, redis_url=server.url)
+    with TieredStore(tiers.tier_slots(settings), clock=clock) as store:
+        store.put(make_key(1), make_block(1))
+        clock.now += 3600
+        opened = store.open(make_key(1), fingerprint=FINGERPRINT, token_ids=token_ids(1))
+        assert opened is None
+        assert [tier.expired for tier in store.stats().tiers] == [1, 1, 1]
+
+
+@pytest.mark.redis
+def test_redis_itself_ends_what_no_process_knows_of_any_more(server, tmp_path):
+    assert 50 < ttl_in_redis_s(server, tmp_path / "one", ttl_s=60) <= 60
+    assert 590 < ttl_in_redis_s(server, tmp_path / "two", ttl_s=60, redis_ttl_s=600) <= 600
+    assert ttl_in_redis_s(server, tmp_path / "three", redis_ttl_s=1e9) > 9e8
+    assert ttl_in_redis_s(server, tmp_path / "four") < 0  # it has none
+
+
+@pytest.mark.parametrize("name", ["ttl_s", "redis_ttl_s"])
+@pytest.mark.parametrize("value", [0, 1.1e9, 1e17, float("inf"), float("nan")])
+def test_a_time_to_live_that_redis_would_not_take_is_refused(name, value):
+    """Redis refused the number at every put, which was taken for an outage."""
+    with pytest.raises(SettingsError, match=name):
+        Settings(**{name: value})

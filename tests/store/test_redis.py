@@ -297,6 +297,7 @@ def test_a_redis_that_takes_no_writes_is_read(server, client, tier):
     "options",
     [
         {"ttl_s": 0},
+        {"ttl_s": 1e17},
         {"timeout_s": 0},
         {"timeout_s": float("nan")},
         {"connect_timeout_s": -1},
