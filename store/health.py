@@ -14,7 +14,11 @@ _LONGEST_S = 60.0
 
 
 class Health:
-    """Back-off of one tier: 1 s after a failure, doubled by each further one, at most 60 s."""
+    """Back-off of one tier: 1 s after a failure, doubled by each further one, at most 60 s.
+
+    Any success ends the pause, but its length is forgotten only when the same kind of operation
+    works: a tier that answers look-ups and hangs on reads is left alone longer and longer.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -22,6 +26,7 @@ class Health:
         self._pause_s = 0.0  # 0: healthy
         self._until = 0.0
         self._tried = False
+        self._last_pauses_s: dict[str, float] = {}  # by kind, of those that have not worked since
 
     @property
     def healthy(self) -> bool:
@@ -44,18 +49,21 @@ class Health:
         with self._lock:
             self._tried = False
 
-    def failed(self) -> float:
+    def failed(self, kind: str) -> float:
         """An attempt failed; the pause in seconds. Failures during a pause do not lengthen it."""
         with self._lock:
             now = self._clock()
             if not self._pause_s or now >= self._until:
-                self._pause_s = min(max(_FIRST_S, 2 * self._pause_s), _LONGEST_S)
+                last_s = max(self._pause_s, self._last_pauses_s.get(kind, 0.0))
+                self._pause_s = min(max(_FIRST_S, 2 * last_s), _LONGEST_S)
                 self._until = now + self._pause_s
+                self._last_pauses_s[kind] = self._pause_s
             return self._pause_s
 
-    def worked(self) -> bool:
+    def worked(self, kind: str) -> bool:
         """An attempt worked; whether the tier was unhealthy before."""
         with self._lock:
             recovered = bool(self._pause_s)
             self._pause_s = 0.0
+            self._last_pauses_s.pop(kind, None)
             return recovered

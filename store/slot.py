@@ -153,14 +153,14 @@ class Slot:
             raise
         except TierError as exc:
             self.count(errors=1)
-            pause_s = self._health.failed()
+            pause_s = self._health.failed(operation)
             _log.warning("%s; it is bypassed for %g s", exc, pause_s)
             raise
         except BlockFormatError:
-            self._worked()
+            self._worked(operation)
             raise
         else:
-            self._worked()
+            self._worked(operation)
         finally:
             if operation != "other":
                 self._latencies[operation].add(time.perf_counter() - begun)
@@ -263,8 +263,8 @@ class Slot:
             write_latency=self._latencies["write"].read(),
         )
 
-    def _worked(self) -> None:
-        if self._health.worked():
+    def _worked(self, operation: Operation) -> None:
+        if self._health.worked(operation):
             _log.warning("tier %s is back", self.name)
 
     def _try(self) -> None:
@@ -282,7 +282,9 @@ class Slot:
             with self.asked():
                 held = self.tier.entries()
         except TierError:
-            self._health.failed()  # whatever kind it was: until the books are filled, it is tried
+            self._health.failed(
+                "other"
+            )  # whatever kind it was: until the books are filled, it is tried
             return
         self.ledger.load((entry.key, entry.nbytes, entry.idle_s) for entry in held)
         self.loaded()

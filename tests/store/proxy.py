@@ -12,11 +12,13 @@ class Proxy:
     """Listens on `port`, and passes on what comes to the `target` port.
 
     `delay_s`: how much later each piece of an answer is passed on. `budget`: how many more bytes of
-    answers pass before everything hangs; None is no end. `garbage`: what is answered instead.
+    answers pass before everything hangs; None is no end. `largest`: pieces of more bytes hang, as
+    on a path that drops large packets. `garbage`: what is answered instead.
     """
 
     def __init__(self, target: int) -> None:
         self.delay_s, self.budget, self.garbage = 0.0, None, None
+        self.largest = None
         self._target = target
         self._lock = threading.Lock()
         self._sockets: list[socket.socket] = []
@@ -74,6 +76,8 @@ class Proxy:
     def _spoiled(self, data: bytes) -> bytes:
         if self.delay_s:
             time.sleep(self.delay_s)
+        if self.largest is not None and len(data) > self.largest:
+            return b""
         if self.garbage is not None:
             return self.garbage
         if self.budget is None:

@@ -9,6 +9,7 @@ import pytest
 
 from kvrag.store.disk import DiskTier
 from kvrag.store.errors import DamagedBlockError, StoreError, TierError
+from kvrag.store.health import Health
 from kvrag.store.ram import RamTier, _Held
 from kvrag.store.tiered import TieredStore, TierSlot
 
@@ -637,6 +638,21 @@ def test_the_pause_doubles_up_to_a_minute(store, slow, clock):
             assert open_block(store, 1) is None
         pauses.append(clock.now - start)
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+
+
+def test_a_success_of_another_kind_does_not_shorten_the_pause(clock):
+    health = Health(clock)
+    assert health.failed("read") == 1
+    assert health.worked("lookup")
+    assert health.healthy
+    assert health.failed("read") == 2
+    assert health.worked("lookup")
+    assert health.failed("write") == 1
+    clock.now += 1
+    assert health.failed("lookup") == 2  # an outage is one, whatever is asked
+    assert health.worked("read")
+    assert not health.worked("write")
+    assert [health.failed("read"), health.healthy] == [1, False]
 
 
 def test_a_tier_that_fails_in_the_middle_of_a_read(store, ram, slow):
