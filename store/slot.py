@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .block import Block, BlockHeader
 
-__all__ = ["Aside", "Refused", "Slot", "TierSlot", "aside", "recompute_cost"]
+__all__ = ["Aside", "Refused", "Slot", "TierSlot", "aside", "at_once", "recompute_cost"]
 
 _log = logging.getLogger(__name__)
 
@@ -36,13 +36,21 @@ Operation = Literal["lookup", "read", "write", "other"]
 #: Runs work that nobody waits for.
 Aside = Callable[[Callable[[], None]], None]
 
+#: Entries that the books take while nobody else can look into them.
+_LOADED_AT_ONCE = 1000
+
 #: Asked for to see whether a tier answers.
 _NO_BLOCK = BlockKey("0" * 32, "0" * 64)
 
 
 def aside(work: Callable[[], None]) -> None:
     """Run it in a thread of its own. Raises `RuntimeError` if the system gives none."""
-    threading.Thread(target=work, name="kvrag-trial", daemon=True).start()
+    threading.Thread(target=work, name="kvrag-aside", daemon=True).start()
+
+
+def at_once(work: Callable[[], None]) -> None:
+    """Run it here: for who wants to see all that the tiers hold, and has time to wait for it."""
+    work()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +106,9 @@ class Slot:
 
     A tier that failed is left alone, and later tried by work that runs `aside`: a tier that hangs
     makes those wait who were asking it when it began to, and nobody after them.
+
+    The books of a durable tier are filled before it is used: they say what must stay there. A tier
+    that may be far away, and is counted on for nothing, is used while its books are filled aside.
     """
 
     def __init__(self, place: TierSlot, *, clock: Clock, aside: Aside = aside) -> None:
@@ -114,8 +125,12 @@ class Slot:
         self._latencies = {name: LatencyCounter() for name in ("lookup", "read", "write")}
         self._lock = threading.Lock()
         self._loaded = False
+        self._closed = False
         self.loaded: Callable[[], None] = lambda: None  # called when the books were filled
-        self._load()
+        if self.durable or self.in_process:
+            self._load()
+        elif not self._begin(self._load):
+            self._health.failed("other")  # so that a trial does it
 
     def count(self, **amounts: int) -> None:
         """Add to the counters, which are named as in `TierStats`."""
@@ -128,13 +143,9 @@ class Slot:
 
         Never waits for the tier.
         """
-        if self._health.claim_trial():
-            try:
-                self._aside(self._try)
-            except RuntimeError as exc:
-                self._health.end_trial()
-                _log.warning("tier %s cannot be tried: %s", self.name, exc)
-        return self._loaded and self._health.healthy
+        if self._health.claim_trial() and not self._begin(self._try):
+            self._health.end_trial()
+        return (self._loaded or not self.durable) and self._health.healthy
 
     def require_usable(self) -> None:
         """Raise `TierError` unless it is `usable`."""
@@ -147,14 +158,9 @@ class Slot:
         begun = time.perf_counter()
         try:
             yield
-        except TierFullError as exc:
-            self.count(errors=1)  # it cannot be written, but reading goes on
-            _log.warning("%s", exc)
-            raise
         except TierError as exc:
-            self.count(errors=1)
-            pause_s = self._health.failed(operation)
-            _log.warning("%s; it is bypassed for %g s", exc, pause_s)
+            if not self._closed:  # else somebody was still at it, and it is no outage
+                self._failed(operation, exc)
             raise
         except BlockFormatError:
             self._worked(operation)
@@ -263,18 +269,39 @@ class Slot:
             write_latency=self._latencies["write"].read(),
         )
 
+    def close(self) -> None:
+        """Close the tier. A second call does nothing."""
+        self._closed = True
+        self.tier.close()
+
+    def _failed(self, operation: Operation, exc: TierError) -> None:
+        self.count(errors=1)
+        if isinstance(exc, TierFullError):
+            _log.warning("%s", exc)  # it cannot be written, but reading goes on
+        else:
+            pause_s = self._health.failed(operation)
+            _log.warning("%s; it is bypassed for %g s", exc, pause_s)
+
     def _worked(self, operation: Operation) -> None:
         if self._health.worked(operation):
             _log.warning("tier %s is back", self.name)
 
     def _try(self) -> None:
         try:
-            if not self._loaded:
-                self._load()
-            else:
-                self.contains(_NO_BLOCK, unknown=False)
+            self.contains(_NO_BLOCK, unknown=False)
         finally:
             self._health.end_trial()
+        if not self._loaded and self._health.healthy:
+            self._load()
+
+    def _begin(self, work: Callable[[], None]) -> bool:
+        """Run it aside; False if the system gives no thread for it."""
+        try:
+            self._aside(work)
+        except RuntimeError as exc:
+            _log.warning("tier %s cannot be tried: %s", self.name, exc)
+            return False
+        return True
 
     def _load(self) -> None:
         """Enter what the tier holds into the books; a later trial does it if it fails now."""
@@ -282,10 +309,12 @@ class Slot:
             with self.asked():
                 held = self.tier.entries()
         except TierError:
-            self._health.failed(
-                "other"
-            )  # whatever kind it was: until the books are filled, it is tried
+            # Whatever kind it was: until the books are filled, it is tried.
+            self._health.failed("other")
             return
-        self.ledger.load((entry.key, entry.nbytes, entry.idle_s) for entry in held)
+        for start in range(0, len(held), _LOADED_AT_ONCE):
+            # What was deleted since it was listed is entered, too: look-ups correct that.
+            some = held[start : start + _LOADED_AT_ONCE]
+            self.ledger.load((entry.key, entry.nbytes, entry.idle_s) for entry in some)
         self.loaded()
         self._loaded = True

@@ -24,7 +24,7 @@ from .ledger import Limits
 from .loading import Expected, Loading
 from .placement import Placement, PutOutcome
 from .reader import BlockReader
-from .slot import Aside, Slot, TierSlot, aside, recompute_cost
+from .slot import Aside, Slot, TierSlot, aside, at_once, recompute_cost
 from .stats import StoreStats, TierStats
 from .tier import check_key
 from .write_back import PAUSES_S
@@ -44,6 +44,7 @@ __all__ = [
     "TierSlot",
     "TierStats",
     "TieredStore",
+    "at_once",
 ]
 
 
@@ -68,7 +69,9 @@ class TieredStore:
         clock: Clock = time.monotonic,
         aside: Aside = aside,
     ) -> None:
-        """`aside` runs the trials of tiers that failed; default: in threads of their own."""
+        """`aside` runs what nobody waits for, by default in threads of their own: trials of tiers
+        that failed, and entering what a tier holds that may be far away.
+        """
         names = [place.tier.name for place in slots]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"a store needs tiers of different names, got {names}")
@@ -228,7 +231,7 @@ class TieredStore:
             self._loadings.clear()
         self._placement.write_back.close()
         for slot in self._placement.slots:
-            slot.tier.close()
+            slot.close()
 
     def __enter__(self) -> Self:
         return self

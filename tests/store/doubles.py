@@ -16,11 +16,6 @@ class FakeClock:
         return self.now
 
 
-def at_once(work):
-    """Runs trials of tiers that failed where they fall due, for tests that count on them."""
-    work()
-
-
 class SlowTier(RamTier):
     """Stands for a durable, slower tier. `reads` counts segments read, `calls` all operations.
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
 
 from kvrag.store.errors import DamagedBlockError
 from kvrag.store.ram import RamTier
-from kvrag.store.tiered import TieredStore, TierSlot
+from kvrag.store.tiered import TieredStore, TierSlot, at_once
 
-from .doubles import FakeClock, at_once
+from .doubles import FakeClock
 from .helpers import FINGERPRINT, make_block, make_key, token_ids
 from .proxy import Proxy
 
@@ -35,6 +36,17 @@ def make_tier(url, **options):
     from kvrag.store.redis import RedisTier
 
     return RedisTier(url, **options)
+
+
+def of_redis(store):
+    return next(tier for tier in store.stats().tiers if tier.name == "redis")
+
+
+def wait_for(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
 
 
 def open_block(store, name):
@@ -67,3 +79,57 @@ def test_a_redis_that_answers_small_things_alone_is_left_alone_longer_and_longer
         clock.now += 60
         with open_block(store, 11) as reader:
             assert len(reader.read(0, 2)) == 2
+
+
+# -- opening -------------------------------------------------------------------------------------
+
+
+def fill(server, blocks):
+    """Stamps are enough to be listed, and a whole block under the first key to be read."""
+    with server.client() as client:
+        pipeline = client.pipeline(transaction=False)
+        for name in range(1, blocks):
+            pipeline.hset(f"kvrag:{make_key(name)}", mapping={"h": b"x", "s": bytes(16)})
+        pipeline.execute()
+    with make_tier(server.url) as tier:
+        tier.put(make_key(0), make_block(0))
+
+
+def test_opening_does_not_wait_for_a_walk_over_redis(server, proxy, caplog):
+    """Opening filled the books first: 43 s for 20,000 blocks at 50 ms an answer."""
+    fill(server, 4000)
+    proxy.delay_s = 0.05
+    begun = time.perf_counter()
+    with TieredStore([TierSlot(RamTier()), TierSlot(make_tier(proxy.url, timeout_s=5))]) as store:
+        with open_block(store, 0) as reader:  # while the walk is on
+            assert reader.tier == "redis"
+            assert len(reader.read(0, 2)) == 2
+        assert of_redis(store).blocks < 4000
+        assert time.perf_counter() - begun < 2
+        proxy.delay_s = 0
+        wait_for(lambda: of_redis(store).blocks == 4000)
+    assert not caplog.records
+
+
+def test_a_store_that_is_closed_during_the_walk_says_nothing(server, proxy, caplog):
+    fill(server, 4000)
+    proxy.delay_s = 0.05
+    TieredStore([TierSlot(RamTier()), TierSlot(make_tier(proxy.url))]).close()
+    wait_for(lambda: not any(t.name == "kvrag-aside" for t in threading.enumerate()))
+    assert not caplog.records
+
+
+def test_the_walk_is_made_up_for_when_redis_is_back(server):
+    fill(server, 10)
+    clock = FakeClock()
+    server.pause()
+    try:
+        slots = [TierSlot(RamTier()), TierSlot(make_tier(server.url, timeout_s=0.2))]
+        store = TieredStore(slots, clock=clock, aside=at_once)
+    finally:
+        server.resume()
+    with store:
+        assert of_redis(store).blocks == 0
+        clock.now += 2
+        store.locate([make_key(1)])
+        assert of_redis(store).blocks == 10

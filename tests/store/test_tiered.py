@@ -11,9 +11,9 @@ from kvrag.store.disk import DiskTier
 from kvrag.store.errors import DamagedBlockError, StoreError, TierError
 from kvrag.store.health import Health
 from kvrag.store.ram import RamTier, _Held
-from kvrag.store.tiered import TieredStore, TierSlot
+from kvrag.store.tiered import TieredStore, TierSlot, at_once
 
-from .doubles import FakeClock, SlowTier, at_once, in_threads
+from .doubles import FakeClock, SlowTier, in_threads
 from .helpers import FINGERPRINT, make_block, make_key, token_ids, whole_bytes
 
 SIZE = make_block(0).nbytes  # of every block here, unless it says otherwise
@@ -828,6 +828,7 @@ def test_reads_in_flight_wait_for_one_time_out_in_all(clock):
     """Each had a time-out of its own: sixteen chunks, four threads, four time-outs."""
     far = Hanging()
     with TieredStore([TierSlot(far)], clock=clock) as store:
+        _until_aside_ends()  # the books are filled
         for name in range(16):
             put(store, name)
         readers = [open_block(store, name) for name in range(16)]
@@ -845,6 +846,7 @@ def test_reads_in_flight_wait_for_one_time_out_in_all(clock):
 def test_a_tier_that_hangs_is_tried_by_nobody_who_asks(clock):
     far = Hanging()
     with TieredStore([TierSlot(RamTier(), 0), TierSlot(far)], clock=clock) as store:
+        _until_aside_ends()  # the books are filled
         put(store, 1)
         far.hangs = True
         assert open_block(store, 1) is None
@@ -855,8 +857,8 @@ def test_a_tier_that_hangs_is_tried_by_nobody_who_asks(clock):
             assert open_block(store, 1) is None
             assert store.locate([make_key(1)]) == [None]
             assert put(store, 2).tiers == ()
-            _until(lambda: not any(t.name == "kvrag-trial" for t in threading.enumerate()))
-        assert far.waited[1:] == ["kvrag-trial"] * 4
+            _until_aside_ends()
+        assert far.waited[1:] == ["kvrag-aside"] * 4
         far.hangs = False
         clock.now += 100
         store.locate([make_key(1)])  # a trial falls due
@@ -876,12 +878,13 @@ def test_a_trial_that_finds_no_thread_falls_due_again(clock, caplog):
         for _ in range(2):
             clock.now += 100
             assert open_block(store, 1) is None
-        assert caplog.text.count("can't start new thread") == 2
+        assert caplog.text.count("can't start new thread") == 3  # and to fill the books
 
 
 def test_deleting_many_blocks_waits_for_a_hanging_cache_once(clock):
     far = Hanging()
     with TieredStore([TierSlot(SlowTier()), TierSlot(far)], clock=clock) as store:
+        _until_aside_ends()  # the books are filled
         for name in range(8):
             put(store, name)
         far.hangs = True
@@ -923,3 +926,7 @@ def _until(holds):
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def _until_aside_ends():
+    _until(lambda: not any(t.name == "kvrag-aside" for t in threading.enumerate()))

@@ -56,11 +56,11 @@ def _facts(settings: Settings) -> dict[str, Any]:
     from kvrag.retrieval.catalog import Catalog, Counts
     from kvrag.store.layout import Layout
     from kvrag.store.quarantine import Quarantine
-    from kvrag.store.tiered import TieredStore
+    from kvrag.store.tiered import TieredStore, at_once
     from kvrag.tiers import tier_slots
 
     home = existing_home(settings)
-    with TieredStore(tier_slots(settings)) as store:
+    with TieredStore(tier_slots(settings), aside=at_once) as store:
         tiers = [dataclasses.asdict(tier) for tier in store.stats().tiers]
     counts = Counts(0, 0, 0, 0)
     if home.catalog.exists():
