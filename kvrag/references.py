@@ -1,20 +1,26 @@
 """Which blocks the corpus refers to: the catalog is the truth, the store protects what it says.
 
 A reference is written before its block is protected, and both before the block is put; deleting a
-document takes them back in the other order. One lock keeps adding and deleting apart.
+document takes them back in the other order. One lock keeps adding and deleting apart, and is held
+for the catalog alone: every query takes it.
+
+The blocks that a deleted document leaves are owed to be deleted from then on, in the catalog: a
+tier that is away at that moment gives them up when it is back, were it after a restart.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 from kvrag.retrieval.catalog import Catalog
 from kvrag.retrieval.errors import CatalogError
-from kvrag.store.errors import TierError
+from kvrag.store.errors import StoreError
+from kvrag.store.health import Clock, Health
 from kvrag.store.keys import BlockKey
-from kvrag.store.tiered import TieredStore
+from kvrag.store.tiered import Aside, TieredStore, aside
 
 __all__ = ["References"]
 
@@ -24,12 +30,24 @@ _log = logging.getLogger(__name__)
 class References:
     """References of chunks to blocks, of one home. Thread-safe."""
 
-    def __init__(self, catalog: Catalog, store: TieredStore) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        store: TieredStore,
+        *,
+        clock: Clock = time.monotonic,
+        aside: Aside = aside,
+    ) -> None:
+        """`aside` runs what is owed; default: in a thread of its own."""
         self._catalog, self._store = catalog, store
         self._lock = threading.RLock()
         self._version: int | None = None
         self._seen = 0  # the number of the last reference protected by `refresh`
+        #: When to try what is owed again: as a tier that fails.
+        self._deletions, self._aside = Health(clock), aside
         self.refresh()
+        if next(catalog.owed_deletions(), None) is not None:
+            self._begin(self._settle)
 
     def refresh(self) -> None:
         """Protect what other processes have referred to since the last call.
@@ -43,6 +61,8 @@ class References:
                     self._store.protect([BlockKey.parse(key)])
                     self._seen = number
                 self._version = version
+        if self._deletions.claim_trial():
+            self._begin(self._settle_again)
 
     def add(self, key: BlockKey, chunk_id: int, scope: str) -> bool:
         """Refer to a block and protect it; False if the chunk is gone."""
@@ -61,17 +81,56 @@ class References:
             _log.warning("blocks of this answer may be evicted: %s", exc)
 
     def delete_document(self, namespace: str, document_id: str) -> bool:
-        """Delete a document and the blocks that nothing refers to any more; False if absent."""
+        """Delete a document and the blocks that nothing refers to any more; False if absent.
+
+        True also while a tier fails that may hold some: they are deleted when it is back.
+        """
         with self._lock:
             deleted = self._catalog.delete_document(namespace, document_id)
             if deleted is None:
                 return False
-            orphans = [BlockKey.parse(key) for key in deleted.orphaned_block_keys]
-            self._store.unprotect(orphans)
-            for key in orphans:
-                try:
-                    self._store.delete(key)
-                except TierError as exc:
-                    # Unprotected, it goes like any block that nobody asks for.
-                    _log.warning("block %s stays until it is evicted: %s", key, exc)
-            return True
+            self._store.unprotect(map(BlockKey.parse, deleted.orphaned_block_keys))
+        self._delete(deleted.orphaned_block_keys)
+        return True
+
+    def _settle(self) -> None:
+        try:
+            self._delete(list(self._catalog.owed_deletions()))
+            if next(self._catalog.owed_deletions(), None) is None:
+                self._deletions.worked("deletion")
+            else:
+                self._deletions.failed("deletion")
+        except CatalogError as exc:
+            _log.warning("blocks of deleted documents stay for now: %s", exc)
+            self._deletions.failed("deletion")
+
+    def _settle_again(self) -> None:
+        try:
+            self._settle()
+        finally:
+            self._deletions.end_trial()
+
+    def _delete(self, names: Sequence[str]) -> None:
+        """Delete blocks, or have it tried again."""
+        if not names:
+            return
+        known = not self._deletions.healthy
+        try:
+            self._store.delete_unprotected([BlockKey.parse(name) for name in names])
+            self._catalog.settle_deletions(names)
+        except (StoreError, CatalogError) as exc:
+            self._deletions.failed("deletion")
+            _log.log(
+                logging.DEBUG if known else logging.WARNING,
+                "%d blocks of deleted documents may stay until this works: %s",
+                len(names),
+                exc,
+            )
+
+    def _begin(self, work: Callable[[], None]) -> None:
+        try:
+            self._aside(work)
+        except RuntimeError as exc:  # no thread is to be had
+            self._deletions.failed("deletion")
+            self._deletions.end_trial()
+            _log.warning("blocks of deleted documents stay for now: %s", exc)

@@ -10,23 +10,12 @@ from pathlib import Path
 
 from .errors import CatalogError
 
-SCHEMA_VERSION = 2
 _APPLICATION_ID = 0x6B767267  # "kvrg"
 
-_BLOCK_REFS = """
-CREATE TABLE block_refs (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    chunk_id INTEGER NOT NULL REFERENCES chunks (id) ON DELETE CASCADE,
-    scope TEXT NOT NULL, block_key TEXT NOT NULL, namespace TEXT NOT NULL,
-    UNIQUE (chunk_id, scope, block_key)
-);
-CREATE INDEX block_refs_of_key ON block_refs (block_key);
-"""
-
 # AUTOINCREMENT: an id is never given twice, so that an index or a handle that still holds the id of
-# a deleted chunk finds nothing, never another chunk, and whoever has seen the references up to an
-# id finds all that came later above it.
-_SCHEMA = f"""
+# a deleted chunk finds nothing, never another chunk.
+# block_refs names its key's columns first: SQLite 3.40's integrity_check reports NULLs otherwise.
+_FIRST_SCHEMA = """
 CREATE TABLE namespaces (
     namespace TEXT PRIMARY KEY, generation INTEGER NOT NULL
 ) WITHOUT ROWID;
@@ -60,22 +49,38 @@ CREATE TABLE vectors (
     PRIMARY KEY (namespace, embedder, chunk_id)
 );
 CREATE INDEX vectors_of_chunk ON vectors (chunk_id);
-{_BLOCK_REFS}
+CREATE TABLE block_refs (
+    chunk_id INTEGER NOT NULL REFERENCES chunks (id) ON DELETE CASCADE,
+    scope TEXT NOT NULL, block_key TEXT NOT NULL, namespace TEXT NOT NULL,
+    PRIMARY KEY (chunk_id, scope, block_key)
+) WITHOUT ROWID;
+CREATE INDEX block_refs_of_key ON block_refs (block_key);
 INSERT INTO settings VALUES ('', 'catalog_id', lower(hex(randomblob(16))));
 """
 
-# In version 1 references had no id.
-_FROM_VERSION_1 = f"""
+# Here AUTOINCREMENT lets whoever has seen the references up to an id find all later ones above it.
+_NUMBERED_REFERENCES = """
 ALTER TABLE block_refs RENAME TO old_block_refs;
 DROP INDEX block_refs_of_key;
-{_BLOCK_REFS}
+CREATE TABLE block_refs (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    chunk_id INTEGER NOT NULL REFERENCES chunks (id) ON DELETE CASCADE,
+    scope TEXT NOT NULL, block_key TEXT NOT NULL, namespace TEXT NOT NULL,
+    UNIQUE (chunk_id, scope, block_key)
+);
+CREATE INDEX block_refs_of_key ON block_refs (block_key);
 INSERT INTO block_refs (chunk_id, scope, block_key, namespace)
     SELECT chunk_id, scope, block_key, namespace FROM old_block_refs;
-DROP TABLE old_block_refs
+DROP TABLE old_block_refs;
 """
 
-#: What brings a database of each version to the present one; 0 is an empty one.
-_UPGRADES = {0: _SCHEMA, 1: _FROM_VERSION_1}
+_OWED_DELETIONS = """
+CREATE TABLE owed_deletions (block_key TEXT PRIMARY KEY) WITHOUT ROWID;
+"""
+
+#: What leads from each version to the next, beginning with an empty file.
+_STEPS = (_FIRST_SCHEMA, _NUMBERED_REFERENCES, _OWED_DELETIONS)
+SCHEMA_VERSION = len(_STEPS)
 
 _SENTENCES = {
     sqlite3.SQLITE_BUSY: "is in use by another process; try again when it has finished",
@@ -155,13 +160,12 @@ def _ensure_schema(db: sqlite3.Connection, path: Path) -> None:
         return
     db.execute("BEGIN IMMEDIATE")
     try:
-        # Another process may have created it while this one waited for the lock.
-        version = _version(db, path)
-        if version != SCHEMA_VERSION:
-            for statement in _UPGRADES[version].split(";"):
+        # Another process may have changed it while this one waited for the lock.
+        for step in _STEPS[_version(db, path) :]:
+            for statement in step.split(";"):
                 db.execute(statement)
-            db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         db.execute("COMMIT")
     except BaseException:
         if db.in_transaction:
@@ -170,10 +174,10 @@ def _ensure_schema(db: sqlite3.Connection, path: Path) -> None:
 
 
 def _version(db: sqlite3.Connection, path: Path) -> int:
-    """The schema's; 0 for an empty database. Raises CatalogError for a newer or a foreign one."""
+    """0 for an empty database; raises CatalogError for a newer or a foreign one."""
     version = int(db.execute("PRAGMA user_version").fetchone()[0])
     owner = int(db.execute("PRAGMA application_id").fetchone()[0])
-    if owner == _APPLICATION_ID and version in (*_UPGRADES, SCHEMA_VERSION):
+    if owner == _APPLICATION_ID and 1 <= version <= SCHEMA_VERSION:
         return version
     if owner == _APPLICATION_ID:
         raise CatalogError(

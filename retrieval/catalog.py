@@ -140,9 +140,9 @@ class Catalog:
     def delete_document(self, namespace: str, document_id: str) -> DeletedDocument | None:
         """Delete a document, its chunks, their token ids, vectors and references; None if absent.
 
-        The result names the block keys whose last reference went with it. Whoever deletes those
-        blocks does so after this returns; after a crash in between, `block_keys()` tells which
-        stored blocks nothing refers to.
+        The result names the block keys whose last reference went with it. Their deletion is owed
+        from then on: whoever deletes those blocks does so after this returns, and then calls
+        `settle_deletions`.
         """
         doomed = (namespace, document_id)
         with self._writing() as db:
@@ -159,6 +159,7 @@ class Catalog:
             deleted = db.execute("DELETE FROM documents WHERE namespace = ? AND id = ?", doomed)
             if deleted.rowcount == 0:
                 return None
+            db.executemany("INSERT INTO owed_deletions VALUES (?) ON CONFLICT DO NOTHING", orphans)
             self._bump_generation(namespace)
         return DeletedDocument(tuple(chunk_ids), tuple(key for (key,) in orphans))
 
@@ -349,6 +350,7 @@ class Catalog:
                 "VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
                 (int(chunk_id), row[0], scope, key),
             )
+            db.execute("DELETE FROM owed_deletions WHERE block_key = ?", (key,))
         return True
 
     def forget_block(self, key: str) -> int:
@@ -385,6 +387,23 @@ class Catalog:
             (),
             after=number,
         )
+
+    def owed_deletions(self) -> Iterator[str]:
+        """Yield the keys of blocks that documents left behind and that may lie somewhere still."""
+        after = ""
+        while rows := self._rows(
+            "SELECT block_key FROM owed_deletions WHERE block_key > ? ORDER BY block_key LIMIT ?",
+            (after, _BATCH_ROWS),
+        ):
+            after = rows[-1][0]
+            yield from (key for (key,) in rows)
+
+    def settle_deletions(self, keys: Sequence[str]) -> None:
+        """The blocks are deleted wherever they lay."""
+        with self._writing() as db:
+            db.executemany(
+                "DELETE FROM owed_deletions WHERE block_key = ?", [(key,) for key in keys]
+            )
 
     def chunks_without_block(self, namespace: str, scope: str) -> Iterator[int]:
         """Yield the ids of chunks that have no block in `scope`, ascending."""
@@ -457,14 +476,16 @@ class Catalog:
     # ---- copies -------------------------------------------------------------------------------
 
     def write_copy(self, path: Path | str) -> None:
-        """Write the catalog of this instant to `path`, without its references to blocks.
+        """Write the catalog of this instant to `path`, without what it says of blocks.
 
         The copy has the same identity and generations, so that a vector index fits both. `path`
         must not exist; what a failure leaves there is for the caller to remove. Raises
         CatalogError.
         """
         with self._lock, translated(self._path):
-            write_backup(self._db, Path(path), "DELETE FROM block_refs")
+            write_backup(
+                self._db, Path(path), "DELETE FROM block_refs", "DELETE FROM owed_deletions"
+            )
 
     def generations(self) -> dict[str, int]:
         """`generation` of every namespace that documents were ever added to."""

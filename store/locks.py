@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from .keys import BlockKey
 
@@ -23,6 +23,7 @@ class KeyLocks:
 
     @contextlib.contextmanager
     def held(self, key: BlockKey) -> Iterator[None]:
+        """Hold the lock of one key. Who holds one must not ask for another."""
         with self._lock:
             lock, users = self._table.get(key) or (threading.Lock(), 0)
             self._table[key] = (lock, users + 1)
@@ -34,3 +35,11 @@ class KeyLocks:
                 lock, users = self._table.pop(key)
                 if users > 1:
                     self._table[key] = (lock, users - 1)
+
+    @contextlib.contextmanager
+    def all_held(self, keys: Iterable[BlockKey]) -> Iterator[None]:
+        """Hold the locks of many keys, taken in one order by everybody."""
+        with contextlib.ExitStack() as stack:
+            for key in sorted(set(keys)):
+                stack.enter_context(self.held(key))
+            yield

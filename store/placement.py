@@ -129,25 +129,32 @@ class Placement:
             for key in slot.ledger.idle(_EXPIRED_AT_ONCE):
                 self.expire(key)
 
-    def erase_held(self, key: BlockKey) -> bool:
-        """Delete from every tier, also from durable ones that are bypassed; whether one held it.
+    def is_protected(self, key: BlockKey) -> bool:
+        with self._lock:
+            return packed(key) in self._protected
 
-        Raises `TierError` after trying all, if one failed: it may still hold the block.
+    def erase_held(self, keys: Sequence[BlockKey]) -> bool:
+        """Delete from every tier, also from durable ones that are bypassed; whether one held any.
+
+        Raises `TierError` after trying all, if one failed: it may still hold some.
         """
-        self.write_back.discard(key)
+        if not keys:
+            return False
+        for key in keys:
+            self.write_back.discard(key)
         found = False
         failure: TierError | None = None
         for slot in self.slots:
             try:
                 if not slot.durable:
-                    # What it holds goes by itself, and a document has many blocks to wait for.
-                    slot.require_usable()
+                    slot.require_usable()  # there may be many to wait for
                 with slot.asked():
-                    found |= slot.tier.delete(key)
+                    found |= any(slot.tier.delete_many(keys))
             except TierError as exc:
                 failure = exc
             else:
-                slot.ledger.remove(key)
+                for key in keys:
+                    slot.ledger.remove(key)
         if failure is not None:
             raise failure
         return found
@@ -199,10 +206,8 @@ class Placement:
             self._guard(key)
 
     def _admit(self, slot: Slot, key: BlockKey, block: Block) -> Refused | None:
-        with self._lock:
-            protected = packed(key) in self._protected
         standing = Standing.PASSING
-        if protected:
+        if self.is_protected(key):
             standing = Standing.KEPT if slot.durable else Standing.CORPUS
         refused = slot.admit(key, block, standing)
         if refused is None:

@@ -161,8 +161,15 @@ class RedisTier(Tier):
             raise self._link.malformed("that it wrote other fields than it was given")
 
     def delete(self, key: BlockKey) -> bool:
-        self._headers.forget(key)
-        return self._counts([("UNLINK", self._name(key))])[0]
+        return self.delete_many([key])[0]
+
+    def delete_many(self, keys: Sequence[BlockKey]) -> list[bool]:
+        found: list[bool] = []
+        for some in _batches(keys):
+            for key in some:
+                self._headers.forget(key)
+            found += self._counts([("UNLINK", self._name(key)) for key in some])
+        return found
 
     def contains(self, key: BlockKey) -> bool:
         return self.contains_many([key])[0]

@@ -91,6 +91,11 @@ class SealedTier(Tier):
         self._recent.forget(key)
         return self._tier.delete(key)
 
+    def delete_many(self, keys: Sequence[BlockKey]) -> list[bool]:
+        for key in keys:
+            self._recent.forget(key)
+        return self._tier.delete_many(keys)
+
     def contains(self, key: BlockKey) -> bool:
         return self._tier.contains(key)
 

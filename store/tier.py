@@ -119,6 +119,10 @@ class Tier(ABC):
         """Take a damaged block out of sight. The default deletes it."""
         self.delete(key)
 
+    def delete_many(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """`delete` of each key, in order. If it raises, some may be deleted."""
+        return [self.delete(key) for key in keys]
+
     def touch(self, key: BlockKey) -> None:  # noqa: B027 - a default, not a forgotten body
         """Note that the block was used, for `entries` of a later start. Best effort, never raises.
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .keys import BlockKey
 
 __all__ = [
+    "Aside",
     "BlockReader",
     "Limits",
     "PutOutcome",
@@ -44,12 +45,15 @@ __all__ = [
     "TierSlot",
     "TierStats",
     "TieredStore",
+    "aside",
     "at_once",
 ]
 
 
 #: How often a put looks for blocks whose time to live has passed.
 _EXPIRY_INTERVAL_S = 1.0
+#: Blocks whose deletion is one step: their locks are held as long as a tier takes.
+_DELETED_AT_ONCE = 128
 
 
 class TieredStore:
@@ -150,21 +154,46 @@ class TieredStore:
         self._check_open()
         with self._placement.writing.held(key):
             try:
-                return self._placement.erase_held(key)
+                return self._placement.erase_held([key])
             finally:
                 self._detach(key)
+
+    def delete_unprotected(self, keys: Sequence[BlockKey]) -> None:
+        """Delete those of the blocks that are not protected, each tier asked for all at once.
+
+        Whoever protects one and asks `holds_durably` afterwards is told what is so then. Raises as
+        `delete`.
+        """
+        self._check_open()
+        failure: TierError | None = None
+        for start in range(0, len(keys), _DELETED_AT_ONCE):
+            some = keys[start : start + _DELETED_AT_ONCE]
+            with self._placement.writing.all_held(some):
+                doomed = [key for key in some if not self._placement.is_protected(key)]
+                try:
+                    self._placement.erase_held(doomed)
+                except TierError as exc:
+                    failure = exc
+                for key in doomed:
+                    self._detach(key)
+        if failure is not None:
+            raise failure
 
     def contains(self, key: BlockKey) -> bool:
         """Whether a tier holds something under the key; `open` tells whether it is sound."""
         return self.locate([key])[0] is not None
 
     def holds_durably(self, key: BlockKey) -> bool:
-        """Whether a durable tier that can be asked holds something under the key."""
+        """Whether a durable tier that can be asked holds something under the key.
+
+        Waits for a deletion of it that has begun.
+        """
         self._check_open()
-        return any(
-            slot.durable and slot.usable() and slot.contains(key, unknown=False)
-            for slot in self._placement.slots
-        )
+        with self._placement.writing.held(key):
+            return any(
+                slot.durable and slot.usable() and slot.contains(key, unknown=False)
+                for slot in self._placement.slots
+            )
 
     def locate(self, keys: Sequence[BlockKey]) -> list[str | None]:
         """For each key, in order, the name of the fastest tier that holds it, or None."""

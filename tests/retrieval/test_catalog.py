@@ -190,6 +190,23 @@ def test_delete_names_only_the_orphaned_blocks(catalog):
     assert catalog.document("other", make_document(1).id) is not None
 
 
+def test_the_blocks_that_a_document_leaves_are_owed_until_they_are_settled(tmp_path):
+    with open_catalog(tmp_path) as catalog:
+        add(catalog, 1)
+        (first, _) = catalog.document_chunks("default", make_document(1).id)
+        for key in ("a", "b", "c"):
+            catalog.add_block_ref(key, first, "m")
+        catalog.delete_document("default", make_document(1).id)
+    with open_catalog(tmp_path) as catalog:
+        assert list(catalog.owed_deletions()) == ["a", "b", "c"]
+        catalog.settle_deletions(["a", "never"])
+        assert list(catalog.owed_deletions()) == ["b", "c"]
+        add(catalog, 2)
+        (again, _) = catalog.document_chunks("default", make_document(2).id)
+        catalog.add_block_ref("b", again, "m")
+        assert list(catalog.owed_deletions()) == ["c"]
+
+
 def test_chunk_ids_are_never_given_twice(catalog):
     add(catalog, 1)
     old = catalog.document_chunks("default", make_document(1).id)
@@ -306,6 +323,20 @@ def test_newer_schema_is_refused_by_name(tmp_path):
     db.close()
     with pytest.raises(CatalogError, match=r"version 99.*upgrade"):
         open_catalog(tmp_path)
+
+
+def test_a_file_of_the_first_schema_is_brought_up_to_date(tmp_path):
+    with open_catalog(tmp_path) as catalog:
+        add(catalog, 1)
+        counts = catalog.counts()
+    db = sqlite3.connect(tmp_path / "catalog.sqlite")
+    db.execute("DROP TABLE owed_deletions")
+    db.execute("PRAGMA user_version = 1")
+    db.close()
+    for _ in range(2):
+        with open_catalog(tmp_path) as catalog:
+            assert catalog.counts() == counts
+            assert list(catalog.owed_deletions()) == []
 
 
 def test_foreign_and_damaged_files(tmp_path):

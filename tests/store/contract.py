@@ -67,6 +67,16 @@ class TierContract(ABC):
         assert list(tier.keys()) == []
         assert tier.nbytes == 0
 
+    def test_deleting_many_lines_up(self, tier):
+        for name in (1, 2, 3):
+            tier.put(make_key(name), make_block(name))
+            tier.header(make_key(name))
+        asked = [make_key(name) for name in (3, 9, 1)]
+        assert tier.delete_many(asked) == [True, False, True]
+        assert list(tier.keys()) == [make_key(2)]
+        assert tier.header(make_key(1)) is None
+        assert tier.delete_many([]) == []
+
     def test_put_keeps_none_of_the_callers_memory(self, tier):
         content = bytearray(b"k" * 4096)  # no padding needed: the block aliases it
         block = make_block(1, layers=1, segments=[content])

@@ -13,12 +13,13 @@ class Proxy:
 
     `delay_s`: how much later each piece of an answer is passed on. `budget`: how many more bytes of
     answers pass before everything hangs; None is no end. `largest`: pieces of more bytes hang, as
-    on a path that drops large packets. `garbage`: what is answered instead.
+    on a path that drops large packets. `garbage`: what is answered instead. `deaf`:
+    nothing that is asked is passed on.
     """
 
     def __init__(self, target: int) -> None:
         self.delay_s, self.budget, self.garbage = 0.0, None, None
-        self.largest = None
+        self.largest, self.deaf = None, False
         self._target = target
         self._lock = threading.Lock()
         self._sockets: list[socket.socket] = []
@@ -67,7 +68,8 @@ class Proxy:
     def _pass_on(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
         try:
             while data := source.recv(1 << 16):
-                sink.sendall(self._spoiled(data) if answers else data)
+                if answers or not self.deaf:
+                    sink.sendall(self._spoiled(data) if answers else data)
         finally:
             for one in (source, sink):
                 with contextlib.suppress(OSError):

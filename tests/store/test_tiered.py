@@ -135,6 +135,18 @@ def test_delete_from_all_tiers(store, ram, slow):
     assert [tier.nbytes for tier in store.stats().tiers] == [0, 0]
 
 
+def test_what_is_protected_again_is_not_deleted_with_the_rest(store, ram, slow):
+    for name in range(200):
+        put(store, name)
+    store.protect([make_key(7)])
+    store.delete_unprotected([make_key(name) for name in range(200)])
+    assert list(store.keys()) == [make_key(7)]
+    assert [of(store, "ram").blocks, of(store, "slow").blocks] == [0, 1]
+    slow.down = True
+    with pytest.raises(TierError, match="no route"):
+        store.delete_unprotected([make_key(name) for name in range(200, 400)])
+
+
 def test_a_range_outside_the_block_is_refused(store):
     put(store, 1)
     with open_block(store, 1) as reader:
