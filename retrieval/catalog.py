@@ -445,6 +445,15 @@ class Catalog:
         """Every namespace that documents were ever added to, sorted."""
         return [name for (name,) in self._rows("SELECT namespace FROM namespaces ORDER BY 1", ())]
 
+    def seen_namespaces(self) -> list[str]:
+        """Those, and every namespace that a setting was ever stored for, sorted."""
+        rows = self._rows(
+            "SELECT namespace FROM namespaces UNION "
+            "SELECT namespace FROM settings WHERE namespace != '' ORDER BY 1",
+            (),
+        )
+        return [name for (name,) in rows]
+
     def counts(self, namespace: str | None = None) -> Counts:
         """Documents, chunks, vectors and distinct blocks of a namespace, or of all."""
         where = "" if namespace is None else "WHERE namespace = ?"

@@ -9,7 +9,7 @@ from pathlib import Path
 from .errors import EncryptionKeyError
 from .files import create_once, read_start
 
-__all__ = ["agree_on_key", "key_from_text", "read_key_file"]
+__all__ = ["agree_on_key", "key_from_text", "read_key_file", "read_key_id"]
 
 _TEXT = re.compile(r"[0-9a-fA-F]{64}", re.ASCII)
 _MOST_TEXT_NBYTES = 66  # and a line's end, of any system
@@ -55,10 +55,10 @@ def agree_on_key(path: Path, key_id: str) -> None:
     the file can be neither read nor made.
     """
     try:
-        found = _read_id(path)
+        found = read_key_id(path)
         if found is None and key_id:
             create_once(path, key_id.encode() + b"\n")
-            found = _read_id(path)
+            found = read_key_id(path)
     except OSError as exc:
         raise EncryptionKeyError(
             f"{path}, the id of the home's encryption key, can be neither read nor made: "
@@ -73,7 +73,8 @@ def agree_on_key(path: Path, key_id: str) -> None:
     )
 
 
-def _read_id(path: Path) -> str | None:
+def read_key_id(path: Path) -> str | None:
+    """The id of the key that a home is encrypted with; None if it is not. Raises `OSError`."""
     try:
         data, _ = read_start(path, _ID_NBYTES + 1)
     except FileNotFoundError:

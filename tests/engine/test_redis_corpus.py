@@ -9,9 +9,13 @@ import time
 import pytest
 
 from kvrag import Engine, Settings
+from kvrag.errors import SettingsError
+from kvrag.orphans import collect_orphans
 from kvrag.retrieval.documents import Document
 from tests.store.proxy import Proxy
 from tests.tiny import make_tiny_embedder, make_tiny_model
+
+KEY = "0123456789abcdef" * 4
 
 pytestmark = pytest.mark.redis
 
@@ -157,3 +161,70 @@ def test_nothing_is_owed_that_was_deleted(folders, server, tmp_path):
         engine.delete(stored.id)
         assert not list(engine._catalog.owed_deletions())
     assert not in_redis(server)
+
+
+# -- collecting what nobody needs ----------------------------------------------------------------
+
+
+def fill(folders, home, **settings):
+    with open_engine(folders, home, **settings) as engine:
+        engine.add([document(30)])
+        engine.logprobs("what?", continuation="x", passages=["a passage", "another one"])
+        return engine.counts().blocks
+
+
+def test_orphans_are_collected_in_every_tier(folders, server, tmp_path):
+    """`kvrag store gc` never looked into Redis."""
+    home = tmp_path / "home"
+    fill(folders, tmp_path / "strange", redis_url=server.url)
+    strange = in_redis(server)
+    blocks = fill(folders, home, redis_url=server.url)
+    settings = settings_of(folders, home, redis_url=server.url)
+    before = in_redis(server)
+    told = collect_orphans(settings, delete=False)
+    assert in_redis(server) == before
+    assert {name: len(found) for name, found in told.tiers.items()} == {"disk": 2, "redis": 2}
+    assert told.blocks == 2
+    assert told.nbytes == 2 * sum(entry.nbytes for entry in told.tiers["disk"])
+    assert collect_orphans(settings, unused_s=3600, delete=True).blocks == 0
+    assert collect_orphans(settings, delete=True) == told
+    assert strange < in_redis(server)
+    assert len(in_redis(server) - strange) == blocks
+    assert collect_orphans(settings, delete=True).blocks == 0
+    assert len(list((home / "kv").rglob("*.kv"))) == blocks
+
+
+def test_a_redis_that_cannot_be_asked_is_told(folders, server, tmp_path):
+    home = tmp_path / "home"
+    fill(folders, home, redis_url=server.url)
+    server.kill()
+    told = collect_orphans(settings_of(folders, home, redis_url=server.url), delete=True)
+    assert list(told.tiers) == ["disk"]
+    assert told.blocks == 2
+    assert list(told.failed) == ["redis"]
+
+
+def test_without_a_catalog_nobody_knows(folders, tmp_path):
+    with pytest.raises(SettingsError, match="no catalog"):
+        collect_orphans(settings_of(folders, tmp_path), delete=True)
+
+
+def test_nothing_stays_in_clear_after_encryption_began(folders, server, tmp_path):
+    """The catalog still refers to blocks in clear, whose names nobody asks for any more."""
+    pytest.importorskip("cryptography", reason="the extra encryption is not installed")
+    home = tmp_path / "home"
+    clear = fill(folders, home, redis_url=server.url)
+    settings = settings_of(folders, home, redis_url=server.url, encryption_key=KEY)
+    with Engine.open(settings) as engine:
+        engine.complete()
+    told = collect_orphans(settings_of(folders, home, redis_url=server.url), delete=True)
+    assert told.blocks == clear + 2
+    left = in_redis(server)
+    assert len(left) == clear
+    with server.client() as client:
+        assert all(b"aes-256-gcm" in client.hget(key, "h") for key in left)
+    files = list((home / "kv").rglob("*.kv"))
+    assert len(files) == clear
+    assert all(b"aes-256-gcm" in file.read_bytes()[:4096] for file in files)
+    with Engine.open(settings) as engine:
+        assert engine.complete().tokens_computed == 0
