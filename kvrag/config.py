@@ -163,7 +163,8 @@ class Settings(BaseSettings):
         "always", description="The same for the disk, which takes a corpus's blocks at once."
     )
     disk_write: Literal["through", "back"] = Field(
-        "through", description="Whether a request waits for the disk, or a thread writes later."
+        "through",
+        description="Whether a request waits for disk and Redis, or threads write later.",
     )
     ram_reserved: float = Field(
         0.0,

@@ -89,7 +89,8 @@ def tier_slots(settings: Settings, sealer: Sealer | None = None) -> list[TierSlo
     ]
     if settings.redis_url is not None:
         limits = Limits(settings.redis_bytes, ttl_s=settings.ttl_s)
-        slots.append(TierSlot(outside(open_tier(settings, "redis")), limits))
+        redis = outside(open_tier(settings, "redis"))
+        slots.append(TierSlot(redis, limits, write=settings.disk_write))
     return slots
 
 

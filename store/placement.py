@@ -39,7 +39,8 @@ class PutOutcome:
 
     `tiers`: names of the tiers that took it, fastest first. `durable`: one of them outlives the
     process. `pending`: names of those that it will be written back to; `deferred`: of those that
-    take it at its second use. `refused`: (name, reason in a sentence) of the others.
+    take it at its second use. `refused`: (name, reason in a sentence) of the others. `lost`: it is
+    durable nowhere, and will not be, against the rules: for want of room, or by a failure.
     """
 
     tiers: tuple[str, ...]
@@ -47,11 +48,7 @@ class PutOutcome:
     refused: tuple[tuple[str, str], ...]
     pending: tuple[str, ...] = ()
     deferred: tuple[str, ...] = ()
-
-    @property
-    def lost(self) -> bool:
-        """Whether it is durable nowhere, against the rules: for want of room, or by a failure."""
-        return bool(self.refused) and not (self.durable or self.pending or self.deferred)
+    lost: bool = False
 
 
 class Placement:
@@ -66,9 +63,14 @@ class Placement:
     ) -> None:
         self.slots = tuple(slots)
         self.writing = KeyLocks()
-        self.write_back = WriteBack(
-            self._write_back, most_nbytes=write_back_nbytes, pauses_s=write_back_pauses_s
-        )
+        #: One for each tier: what one of them waits for is nothing to the others.
+        self.write_backs = {
+            slot.name: WriteBack(
+                self._write_back, most_nbytes=write_back_nbytes, pauses_s=write_back_pauses_s
+            )
+            for slot in self.slots
+            if slot.writes_back
+        }
         self._lock = threading.Lock()
         self._protected: set[bytes] = set()
         for slot in self.slots:
@@ -80,15 +82,15 @@ class Placement:
         Those that are written back to come last, when a copy that can wait for them lies in memory.
         `durable_only` spares the memory of this process.
         """
-        self.write_back.discard(key)
+        self._discard(key)
         wanted = [slot for slot in self.slots if not (durable_only and slot.in_process)]
-        durable = [slot for slot in reversed(wanted) if slot.durable]
-        volatile = [slot for slot in wanted if not slot.durable]
-        through = [slot for slot in durable if durable_only or not slot.writes_back]
+        ordered = [slot for slot in reversed(wanted) if slot.durable]
+        ordered += [slot for slot in wanted if not slot.durable]
+        later = [slot for slot in ordered if slot.writes_back and not durable_only]
         pending: list[str] = []
         refused: dict[str, Refused] = {}
-        for slot in [*through, *volatile, *(slot for slot in durable if slot not in through)]:
-            if slot.durable and slot not in through and self._owe(key, block, slot):
+        for slot in [*(slot for slot in ordered if slot not in later), *later]:
+            if slot in later and self._owe(key, block, slot):
                 pending.append(slot.name)
                 continue
             reason = self._admit(slot, key, block)
@@ -99,13 +101,18 @@ class Placement:
         absent = {*refused, *pending}
         taken = [slot for slot in wanted if slot.name not in absent]
         if taken:
-            self._drop_older(key, [slot for slot in self.slots if slot not in taken])
+            others = [slot for slot in self.slots if slot not in taken]
+            self._drop_older(key, [slot for slot in others if slot.name not in pending])
+        wrongly = tuple((name, why.reason) for name, why in refused.items() if not why.expected)
+        deferred = tuple(name for name, why in refused.items() if why.expected)
+        provided = {slot.name for slot in taken}.union(pending, deferred)
         return PutOutcome(
             tiers=tuple(slot.name for slot in taken),
             durable=any(slot.durable for slot in taken),
-            refused=tuple((n, why.reason) for n, why in refused.items() if not why.expected),
+            refused=wrongly,
             pending=tuple(pending),
-            deferred=tuple(name for name, why in refused.items() if why.expected),
+            deferred=deferred,
+            lost=bool(wrongly) and not any(s.durable and s.name in provided for s in self.slots),
         )
 
     def promote_held(self, key: BlockKey, block: Block, source: Slot) -> None:
@@ -141,7 +148,7 @@ class Placement:
         if not keys:
             return False
         for key in keys:
-            self.write_back.discard(key)
+            self._discard(key)
         found = False
         failure: TierError | None = None
         for slot in self.slots:
@@ -245,20 +252,32 @@ class Placement:
             receipt = source.ledger.pin(key) if source.in_process else None
             if receipt is None:
                 continue
-            if self.write_back.add(Pending(key, block.nbytes, source, receipt, target)):
+            if self.write_backs[target.name].add(
+                Pending(key, block.nbytes, source, receipt, target)
+            ):
                 return True
             source.ledger.unpin(receipt)
         return False
 
+    def _discard(self, key: BlockKey) -> None:
+        for write_back in self.write_backs.values():
+            write_back.discard(key)
+
     def _write_back(self, pending: Pending) -> bool:
         """Whether it is worth another try."""
-        key = pending.key
+        key, owing = pending.key, self.write_backs[pending.target.name]
+        if not pending.target.durable:
+            # With the key's lock held, it would let the others wait as long as it hangs.
+            for slot in self.slots:
+                if slot.durable and slot.name in self.write_backs:
+                    self.write_backs[slot.name].settle(key)
         with self.writing.held(key):
-            if not self.write_back.is_owed():
+            if not owing.is_owed():
                 return False
             refused = self._write_from(pending.source, key, pending.target)
-            if refused is None:
+            if refused is None or not owing.is_owed():
                 return False
+            self._drop_older(key, [pending.target])
             level = logging.DEBUG if refused.expected or refused.failure else logging.WARNING
             name, why = pending.target.name, refused.reason
             _log.log(level, "block %s is not written back to tier %s: %s", key, name, why)

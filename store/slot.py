@@ -59,10 +59,10 @@ class TierSlot:
 
     `limits`: a number is that of all bytes, None is no limit. `policy`: what is evicted first.
     `admission`: whether a block enters at its first use or at its second; a durable tier takes what
-    a corpus refers to at once, always. `write`: `back` lets a put return as soon as a tier that is
-    not durable has the block; a thread writes it here, and a crash before that loses it.
+    a corpus refers to at once, always. `write`: `back` lets a put return as soon as memory has the
+    block; a thread writes it here, and a crash before that loses it.
 
-    Raises `ValueError` if a tier that is not durable is to be written back to.
+    Raises `ValueError` if memory of this process is to be written back to.
     """
 
     tier: Tier
@@ -80,8 +80,8 @@ class TierSlot:
                     f"{name} of {self.tier.name} must be one of {', '.join(allowed)}, "
                     f"got {getattr(self, name)!r}"
                 )
-        if self.write == "back" and not self.tier.durable:
-            raise ValueError(f"{self.tier.name} is not durable: there is nothing to write back")
+        if self.write == "back" and self.tier.in_process:
+            raise ValueError(f"{self.tier.name} is memory: there is nothing to write back to it")
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,8 +59,8 @@ _DELETED_AT_ONCE = 128
 class TieredStore:
     """Blocks in several tiers, fastest first. Thread-safe. Closes its tiers.
 
-    `write_back_nbytes`: most bytes of blocks that wait to be written back; what exceeds it is
-    written through. `write_back_pauses_s`: before each further try of one that failed. Raises
+    `write_back_nbytes`: most bytes of blocks that wait to be written back to a tier; what exceeds
+    it is written through. `write_back_pauses_s`: before each further try of one that failed. Raises
     `ValueError` for no tier, or two of one name.
     """
 
@@ -237,19 +237,20 @@ class TieredStore:
         """Counters and sizes of every tier."""
         with self._lock:
             open_blocks = self._open_blocks
-        waiting = self._placement.write_back.waiting()
         tiers = []
         for slot in self._placement.slots:
-            blocks, nbytes = waiting.get(slot.name, (0, 0))
+            write_back = self._placement.write_backs.get(slot.name)
+            blocks, nbytes = (0, 0) if write_back is None else write_back.waiting()
             tiers.append(slot.stats(pending_blocks=blocks, pending_nbytes=nbytes))
         return StoreStats(tuple(tiers), open_blocks)
 
     def flush(self) -> None:
         """Return when nothing waits to be written back, but for what failed and is tried again."""
-        self._placement.write_back.flush()
+        for write_back in self._placement.write_backs.values():
+            write_back.flush()
 
     def close(self) -> None:
-        """Write back what waits, and close the tiers. A second call does nothing.
+        """Write back what waits for durable tiers, and close all. A second call does nothing.
 
         Readers can read only what they hold.
         """
@@ -258,7 +259,15 @@ class TieredStore:
                 return
             self._closed = True
             self._loadings.clear()
-        self._placement.write_back.close()
+        write_backs = self._placement.write_backs
+        # First what may hang, and is counted on for nothing: the others would wait for it.
+        for slot in self._placement.slots:
+            if not slot.durable and slot.name in write_backs:
+                write_backs[slot.name].close(drop=True)
+                slot.close()
+        for slot in self._placement.slots:
+            if slot.durable and slot.name in write_backs:
+                write_backs[slot.name].close()
         for slot in self._placement.slots:
             slot.close()
 

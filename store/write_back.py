@@ -1,9 +1,9 @@
-"""Blocks on their way from memory to a durable tier: a bounded queue and one thread.
+"""Blocks on their way from memory to a slower tier: a bounded queue and one thread a tier.
 
 What waits here lies whole in a faster tier, pinned, and is read from there when its turn comes: the
 queue itself holds keys. When it is full, it takes no more, and the caller writes through. A write
 that a tier's failure prevented is tried again after a pause, a few times, and waits as before. A
-crash loses what waits, each block whole or not at all; `close` tries all of it first.
+crash loses what waits, each block whole or not at all; `close` tries all of it first, or drops it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -71,7 +71,7 @@ class WriteBack:
             )
         self._write, self._most_nbytes, self._pauses_s = write, most_nbytes, tuple(pauses_s)
         self._lock = threading.Condition()
-        self._waiting: OrderedDict[tuple[BlockKey, str], _Owed] = OrderedDict()
+        self._waiting: OrderedDict[BlockKey, _Owed] = OrderedDict()
         self._current: Pending | None = None
         self._cancelled = False
         self._nbytes = 0
@@ -83,7 +83,7 @@ class WriteBack:
         with self._lock:
             if self._closed or self._nbytes + pending.nbytes > self._most_nbytes:
                 return False
-            self._waiting[pending.key, pending.target.name] = _Owed(pending)
+            self._waiting[pending.key] = _Owed(pending)
             self._nbytes += pending.nbytes
             if self._thread is None:
                 self._thread = threading.Thread(
@@ -99,8 +99,9 @@ class WriteBack:
         Call it with the key's lock held, which a write takes before it asks `is_owed`.
         """
         with self._lock:
-            for place in [place for place in self._waiting if place[0] == key]:
-                self._release_locked(self._waiting.pop(place).pending)
+            owed = self._waiting.pop(key, None)
+            if owed is not None:
+                self._release_locked(owed.pending)
             if self._current is not None and self._current.key == key:
                 self._cancelled = True
 
@@ -109,16 +110,21 @@ class WriteBack:
         with self._lock:
             return not self._cancelled
 
-    def waiting(self) -> dict[str, tuple[int, int]]:
-        """Number and bytes of the blocks that are owed to each slot, by its name."""
-        blocks: Counter[str] = Counter()
-        nbytes: Counter[str] = Counter()
+    def waiting(self) -> tuple[int, int]:
+        """Number and bytes of the blocks that wait, the one that is being written included."""
         with self._lock:
-            owed = [waiting.pending for waiting in self._waiting.values()]
-            for pending in [*owed, *([self._current] if self._current is not None else [])]:
-                blocks[pending.target.name] += 1
-                nbytes[pending.target.name] += pending.nbytes
-        return {name: (count, nbytes[name]) for name, count in blocks.items()}
+            return len(self._waiting) + (self._current is not None), self._nbytes
+
+    def settle(self, key: BlockKey) -> None:
+        """Return when no write of the block waits but for another try, or is under way."""
+
+        def is_settled() -> bool:
+            owed = self._waiting.get(key)
+            under_way = self._current is not None and self._current.key == key
+            return not under_way and (owed is None or owed.tries > 0)
+
+        with self._lock:
+            self._lock.wait_for(is_settled)
 
     def flush(self) -> None:
         """Return when nothing waits but for another try."""
@@ -130,13 +136,20 @@ class WriteBack:
                 )
             )
 
-    def close(self) -> None:
-        """Try each write that waits, once, and end the thread. A second call does nothing."""
+    def close(self, *, drop: bool = False) -> None:
+        """Try each write that waits, once, and end the thread. A second call does nothing.
+
+        `drop`: write nothing more, and do not wait for the write that is under way.
+        """
         with self._lock:
             self._closed = True
+            if drop:
+                self._cancelled = True
+                while self._waiting:
+                    self._release_locked(self._waiting.popitem()[1].pending)
             self._lock.notify_all()
             thread = self._thread
-        if thread is not None:
+        if thread is not None and not drop:
             thread.join()
 
     def _run(self) -> None:
@@ -184,7 +197,7 @@ class WriteBack:
             return False
         owed.due_s = time.monotonic() + self._pauses_s[owed.tries]
         owed.tries += 1
-        self._waiting[pending.key, pending.target.name] = owed
+        self._waiting[pending.key] = owed
         return True
 
     def _release_locked(self, pending: Pending) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ from kvrag import Settings, tiers
 from kvrag.errors import SettingsError
 from kvrag.store.ram import RamTier
 from kvrag.store.tiered import TieredStore
-from tests.store.doubles import FakeClock
 from tests.store.helpers import FINGERPRINT, make_block, make_key, token_ids, whole_bytes
 
 
@@ -95,11 +95,10 @@ def ttl_in_redis_s(server, home, **settings):
 @pytest.mark.redis
 def test_what_nobody_used_ends_in_redis_too(server, tmp_path):
     """`ttl_s` reached memory and disk alone: the copy in Redis went on answering."""
-    clock = FakeClock()
-    settings = Settings(home=tmp_path / "home", ttl_s=60, redis_url=server.url)
-    with TieredStore(tiers.tier_slots(settings), clock=clock) as store:
+    settings = Settings(home=tmp_path / "home", ttl_s=1, redis_url=server.url, redis_ttl_s=600)
+    with TieredStore(tiers.tier_slots(settings)) as store:
         store.put(make_key(1), make_block(1))
-        clock.now += 3600
+        time.sleep(3.1)  # by Redis's own clock, which counts whole seconds
         opened = store.open(make_key(1), fingerprint=FINGERPRINT, token_ids=token_ids(1))
         assert opened is None
         assert [tier.expired for tier in store.stats().tiers] == [1, 1, 1]

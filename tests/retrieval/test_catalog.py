@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kvrag.retrieval import Catalog, CatalogError, ChunkInput, Counts, Document
+from kvrag.retrieval._sqlite import SCHEMA_VERSION
 
 from .helpers import EMBEDDER, TOKENIZER, add, make_document, open_catalog, unit_vectors
 
@@ -286,6 +287,7 @@ def test_a_catalog_of_version_1_is_brought_up_to_date(tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "catalog.sqlite")) as db:
         db.executescript(
             """
+            DROP TABLE owed_deletions;
             DROP TABLE block_refs;
             CREATE TABLE block_refs (
                 chunk_id INTEGER NOT NULL REFERENCES chunks (id) ON DELETE CASCADE,
@@ -313,7 +315,7 @@ def test_a_catalog_of_version_1_is_brought_up_to_date(tmp_path):
         assert list(catalog.block_refs_above(0)) == []
     with contextlib.closing(sqlite3.connect(tmp_path / "catalog.sqlite")) as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        assert db.execute("PRAGMA user_version").fetchone() == (2,)
+        assert db.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
 
 
 def test_newer_schema_is_refused_by_name(tmp_path):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 
 import pytest
 
+from kvrag.config import Settings
 from kvrag.store.errors import DamagedBlockError
 from kvrag.store.ram import RamTier
 from kvrag.store.tiered import TieredStore, TierSlot, at_once
+from kvrag.tiers import tier_slots
 
 from .doubles import FakeClock
 from .helpers import FINGERPRINT, make_block, make_key, token_ids
@@ -133,3 +136,68 @@ def test_the_walk_is_made_up_for_when_redis_is_back(server):
         clock.now += 2
         store.locate([make_key(1)])
         assert of_redis(store).blocks == 10
+
+
+# -- writing back --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path, server):
+    return Settings(home=tmp_path / "home", disk_write="back", redis_url=server.url)
+
+
+def test_a_put_that_is_written_back_does_not_wait_for_redis(server, home):
+    """Redis was written to in the request, since it is not durable: a second when it hangs."""
+    with TieredStore(tier_slots(home)) as store:
+        store.put(make_key(0), make_block(0))
+        store.flush()
+        server.pause()
+        try:
+            begun = time.perf_counter()
+            outcome = store.put(make_key(1), make_block(1))
+            took = time.perf_counter() - begun
+            assert (outcome.tiers, set(outcome.pending)) == (("ram",), {"disk", "redis"})
+            wait_for(lambda: store.holds_durably(make_key(1)), 0.8)  # the disk waits for no Redis
+        finally:
+            server.resume()
+        assert took < 0.5
+        assert not outcome.lost
+        store.flush()
+    with make_tier(server.url) as tier:
+        assert tier.contains(make_key(0))
+
+
+def test_a_new_version_takes_the_place_of_the_old_one(server, home):
+    with TieredStore(tier_slots(home)) as store, make_tier(server.url) as tier:
+        for version in range(2):
+            store.put(make_key(0), make_block(0, version=version))
+            store.flush()
+            assert tier.header(make_key(0)) == make_block(0, version=version).header
+
+
+def test_closing_waits_for_the_disk_and_for_no_redis(server, home, caplog):
+    home = home.model_copy(update={"redis_timeout_s": 30.0})
+    store = TieredStore(tier_slots(home))
+    store.put(make_key(0), make_block(0))
+    store.flush()
+    server.pause()
+    try:
+        for name in range(1, 6):
+            store.put(make_key(name), make_block(name))
+        begun = time.perf_counter()
+        store.close()
+        assert time.perf_counter() - begun < 10
+    finally:
+        server.resume()
+    slots = tier_slots(home.model_copy(update={"redis_url": None}))
+    with TieredStore(slots) as store:
+        assert all(store.holds_durably(make_key(name)) for name in range(6))
+    assert not caplog.records
+
+
+def test_what_only_redis_will_have_is_lost(home):
+    slots = tier_slots(home.model_copy(update={"disk_bytes": 0, "disk_write": "through"}))
+    slots[2] = dataclasses.replace(slots[2], write="back")
+    with TieredStore(slots) as store:
+        outcome = store.put(make_key(1), make_block(1))
+        assert (outcome.pending, outcome.lost) == (("redis",), True)

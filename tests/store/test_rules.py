@@ -58,7 +58,7 @@ def test_rules_that_are_none():
         TierSlot(RamTier(), admission="twice")
     with pytest.raises(ValueError, match="write of disk must be"):
         TierSlot(SlowTier("disk"), write="never")
-    with pytest.raises(ValueError, match="ram is not durable"):
+    with pytest.raises(ValueError, match="ram is memory"):
         TierSlot(RamTier(), write="back")
 
 
