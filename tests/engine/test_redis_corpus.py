@@ -10,8 +10,8 @@ import pytest
 
 from kvrag import Engine, Settings
 from kvrag.errors import SettingsError
-from kvrag.orphans import collect_orphans
 from kvrag.retrieval.documents import Document
+from kvrag.upkeep.orphans import collect_orphans
 from tests.store.proxy import Proxy
 from tests.tiny import make_tiny_embedder, make_tiny_model
 

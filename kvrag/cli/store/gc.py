@@ -22,14 +22,12 @@ def gc(
 ) -> None:
     """Delete blocks that no corpus refers to, what crashes left half written, and the quarantine.
 
-    On disk, of all namespaces. Blocks of passages that requests brought are such, too: they are
-    computed again when they come again.
+    On disk and in Redis, of all namespaces. Blocks of passages that requests brought are such, too:
+    they are computed again when they come again.
     """
-    from kvrag.home import existing_home
     from kvrag.upkeep.collecting import collect
 
-    home = existing_home(settings_of(context))
-    found = collect(home, unused_s=unused_days * 86_400, dry_run=dry_run)
+    found = collect(settings_of(context), unused_s=unused_days * 86_400, dry_run=dry_run)
     if as_json:
         print_json(dataclasses.asdict(found) | {"deleted": not dry_run})
         return
@@ -38,3 +36,5 @@ def gc(
         f"to, {found.leftovers} half-written files and {found.quarantined} of the quarantine: "
         f"{format_bytes(found.nbytes)}"
     )
+    for tier, reason in found.unreachable.items():
+        show(f"{tier} was not looked at, or not to the end: {reason}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from kvrag.config import Settings
 from kvrag.errors import SettingsError
+from kvrag.home import Home
 from kvrag.retrieval.catalog import Catalog
 from kvrag.store.encryption_key import read_key_id
 from kvrag.store.errors import TierError
@@ -60,11 +60,11 @@ def collect_orphans(settings: Settings, *, unused_s: float = 0.0, delete: bool) 
         TierError: the home's disk cannot be used; that another tier cannot is told in the result.
         MissingExtraError: as `tier_slots`.
     """
-    home = settings.home
-    if not (home / "catalog.sqlite").is_file():
+    home = Home(settings.home)
+    if not home.catalog.is_file():
         raise SettingsError(
-            f"home {home} has no catalog, so nobody knows what its corpus refers to; if there is "
-            f"none, delete {home / 'kv'}"
+            f"home {home.path} has no catalog, so nobody knows what its corpus refers to; if there "
+            f"is none, delete {home.kv}"
         )
     result = Orphans({}, {})
     with ExitStack() as stack:
@@ -76,7 +76,7 @@ def collect_orphans(settings: Settings, *, unused_s: float = 0.0, delete: bool) 
                     # Before the catalog is read: a job refers to a block before it writes it.
                     listed.append((tier, tier.entries()))
         referred, tags = _of_the_home(home)
-        sealed_by = read_key_id(home / "encryption.id")
+        sealed_by = read_key_id(home.encryption_id)
         for tier, entries in listed:
             mine = [
                 entry
@@ -118,12 +118,12 @@ def _not_sealed(
                 yield key
 
 
-def _of_the_home(home: Path) -> tuple[set[BlockKey], set[str]]:
+def _of_the_home(home: Home) -> tuple[set[BlockKey], set[str]]:
     """The blocks that its corpora refer to, and the tags of its namespaces."""
-    with Catalog.open(home / "catalog.sqlite") as catalog:
+    with Catalog.open(home.catalog) as catalog:
         referred = {BlockKey.parse(name) for name in catalog.block_keys()}
         namespaces = catalog.seen_namespaces()
-    if not (home / "key.secret").is_file():
+    if not home.secret.is_file():
         return referred, set()
-    keys = KeyMaker(load_or_create_secret(home / "key.secret"))
+    keys = KeyMaker(load_or_create_secret(home.secret))
     return referred, {keys.tag(namespace) for namespace in namespaces}
