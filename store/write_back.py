@@ -102,6 +102,7 @@ class WriteBack:
             owed = self._waiting.pop(key, None)
             if owed is not None:
                 self._release_locked(owed.pending)
+                self._lock.notify_all()  # who waits for this write waits for nothing now
             if self._current is not None and self._current.key == key:
                 self._cancelled = True
 

@@ -132,6 +132,21 @@ def test_a_deleted_block_is_not_written(store, slow):
     assert of(store, "ram").nbytes == SIZE
 
 
+def test_nobody_waits_for_a_write_that_is_not_owed_any_more(store, slow):
+    """Whoever waited for it to settle went on waiting until another block was written."""
+    put(store, 0)
+    assert slow.writing.wait(10)
+    put(store, 1)
+    write_back = store._placement.write_backs["slow"]
+    thread = threading.Thread(target=write_back.settle, args=(make_key(1),), daemon=True)
+    thread.start()
+    time.sleep(0.1)
+    assert thread.is_alive()
+    write_back.discard(make_key(1))
+    thread.join(5)
+    assert not thread.is_alive()
+
+
 def test_only_the_last_version_is_written(store, slow):
     put(store, 0)
     assert slow.writing.wait(10)
