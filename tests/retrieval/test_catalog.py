@@ -7,8 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from kvrag.retrieval import Catalog, CatalogError, ChunkInput, Counts, Document
-from kvrag.retrieval._sqlite import SCHEMA_VERSION
+from kvrag.retrieval import Catalog, CatalogError, ChunkInput, Counts, Document, _sqlite
 
 from .helpers import EMBEDDER, TOKENIZER, add, make_document, open_catalog, unit_vectors
 
@@ -279,43 +278,36 @@ def test_inputs_that_do_not_line_up_change_nothing(catalog, change):
 
 
 def test_a_catalog_of_version_1_is_brought_up_to_date(tmp_path):
-    references = [("key-1", 0, "a"), ("key-1", 1, "a"), ("key-2", 0, "b")]
-    with open_catalog(tmp_path) as catalog:
-        add(catalog, 1, chunks=2)
-        ids = catalog.document_chunks("default", make_document(1).id)
-        identity = catalog.identity
+    references = [("key-1", 1, "a"), ("key-1", 2, "a"), ("key-2", 1, "b")]
     with contextlib.closing(sqlite3.connect(tmp_path / "catalog.sqlite")) as db:
-        db.executescript(
-            """
-            DROP TABLE owed_deletions;
-            DROP TABLE block_refs;
-            CREATE TABLE block_refs (
-                chunk_id INTEGER NOT NULL REFERENCES chunks (id) ON DELETE CASCADE,
-                scope TEXT NOT NULL, block_key TEXT NOT NULL, namespace TEXT NOT NULL,
-                PRIMARY KEY (chunk_id, scope, block_key)
-            ) WITHOUT ROWID;
-            CREATE INDEX block_refs_of_key ON block_refs (block_key);
-            PRAGMA user_version = 1;
-            """
-        )
-        rows = [(ids[chunk], scope, key, "default") for key, chunk, scope in references]
+        db.executescript(_sqlite._STEPS[0])
+        db.execute("INSERT INTO documents VALUES (1, 'default', 'd', '', '', NULL, 0)")
+        for chunk_id in (1, 2):
+            row = (chunk_id, "default", "d", chunk_id, "", "text")
+            db.execute("INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?)", row)
+        rows = [(chunk_id, scope, key, "default") for key, chunk_id, scope in references]
         db.executemany("INSERT INTO block_refs VALUES (?, ?, ?, ?)", rows)
+        ((identity,),) = db.execute("SELECT value FROM settings").fetchall()
+        db.execute(f"PRAGMA application_id = {_sqlite._APPLICATION_ID}")
+        db.execute("PRAGMA user_version = 1")
         db.commit()
     for _ in range(2):
         with open_catalog(tmp_path) as catalog:
             assert catalog.identity == identity
+            assert catalog.counts() == Counts(1, 2, 0, 2)
             assert list(catalog.block_keys()) == ["key-1", "key-2"]
             assert [number for number, _ in catalog.block_refs_above(0)] == [1, 2, 3]
-            assert list(catalog.chunks_without_block("default", "b")) == [ids[1]]
+            assert list(catalog.chunks_without_block("default", "b")) == [2]
+            assert list(catalog.owed_deletions()) == []
     with open_catalog(tmp_path) as catalog:
-        assert catalog.add_block_ref("key-3", ids[1], "b")
+        assert catalog.add_block_ref("key-3", 2, "b")
         assert list(catalog.block_refs_above(3)) == [(4, "key-3")]
-        deleted = catalog.delete_document("default", make_document(1).id)
+        deleted = catalog.delete_document("default", "d")
         assert deleted.orphaned_block_keys == ("key-1", "key-2", "key-3")
         assert list(catalog.block_refs_above(0)) == []
     with contextlib.closing(sqlite3.connect(tmp_path / "catalog.sqlite")) as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        assert db.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+        assert db.execute("PRAGMA user_version").fetchone() == (_sqlite.SCHEMA_VERSION,)
 
 
 def test_newer_schema_is_refused_by_name(tmp_path):
@@ -325,20 +317,6 @@ def test_newer_schema_is_refused_by_name(tmp_path):
     db.close()
     with pytest.raises(CatalogError, match=r"version 99.*upgrade"):
         open_catalog(tmp_path)
-
-
-def test_a_file_of_the_first_schema_is_brought_up_to_date(tmp_path):
-    with open_catalog(tmp_path) as catalog:
-        add(catalog, 1)
-        counts = catalog.counts()
-    db = sqlite3.connect(tmp_path / "catalog.sqlite")
-    db.execute("DROP TABLE owed_deletions")
-    db.execute("PRAGMA user_version = 1")
-    db.close()
-    for _ in range(2):
-        with open_catalog(tmp_path) as catalog:
-            assert catalog.counts() == counts
-            assert list(catalog.owed_deletions()) == []
 
 
 def test_foreign_and_damaged_files(tmp_path):
