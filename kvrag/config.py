@@ -22,7 +22,7 @@ from pydantic_settings import (
 
 from kvrag.errors import SettingsError
 from kvrag.store.encryption_key import key_from_text
-from kvrag.store.ledger import LONGEST_TTL_S
+from kvrag.store.limits import LONGEST_TTL_S
 from kvrag.store.redis_address import RedisAddress
 
 __all__ = ["DEFAULT_INSTRUCTION", "Settings", "value_from_text"]

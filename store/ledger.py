@@ -24,65 +24,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .entries import Entry, Pool, Standing
+from .books import Books, pool_of
+from .entries import Entry, Standing
 from .eviction import Lru, Policy
 from .keys import BlockKey, packed, unpacked
+from .limits import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = [
-    "LONGEST_TTL_S",
-    "Entry",
-    "Ledger",
-    "Limits",
-    "Receipt",
-    "Reservation",
-    "Standing",
-]
+__all__ = ["Entry", "Ledger", "Limits", "Receipt", "Reservation", "Standing"]
 
-#: Thirty years. Redis counts milliseconds from 1970 in 63 bits, and refuses what goes beyond.
-LONGEST_TTL_S = 1e9
-
-#: Entries moved to another place instead of being evicted, for one victim. A longer search would
-#: evict better, and make somebody wait.
-_MOST_SPARED = 32
-#: Keys remembered by a policy that wants it: as many as there are entries, but within these bounds.
-_REMEMBERED = (1024, 65536)
-_MOST_NUMBERS = 4096
 #: Blocks looked at in one call for their time to live: half a millisecond.
 _LOOKED_AT = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much a tier may hold. Raises `ValueError`.
-
-    `nbytes`: of all blocks (None: no limit); `namespace_nbytes`: of those of one namespace;
-    `reserved_share`: the part of `nbytes` that blocks which no corpus refers to cannot take from
-    those which one does; `ttl_s`: seconds after its last use when a block of the former kind ends.
-    """
-
-    nbytes: int | None = None
-    namespace_nbytes: int | None = None
-    reserved_share: float = 0.0
-    ttl_s: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("nbytes", "namespace_nbytes", "ttl_s"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"the limit {name} must be at least 0, or None, got {value}")
-        if not 0 <= self.reserved_share <= 1:
-            raise ValueError(f"reserved_share must be from 0 to 1, got {self.reserved_share}")
-
-    @property
-    def reserved_nbytes(self) -> float:
-        return self.reserved_share * (self.nbytes or 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -113,7 +70,7 @@ class Reservation:
         return tuple(self._leaving)
 
 
-class Ledger:
+class Ledger(Books):
     """The books of one tier. Thread-safe. `limits`: a number is that of all bytes."""
 
     def __init__(
@@ -123,20 +80,14 @@ class Ledger:
         policy: Policy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.limits = limits if isinstance(limits, Limits) else Limits(limits)
-        self.policy = policy if policy is not None else Lru()
-        self._clock = clock
+        super().__init__(
+            limits if isinstance(limits, Limits) else Limits(limits),
+            policy if policy is not None else Lru(),
+            clock,
+        )
         self._lock = threading.Condition()
-        self._entries: dict[bytes, Entry] = {}
-        self._pools: dict[tuple[str, Standing], Pool] = {}
         self._reserved: dict[BlockKey, Reservation] = {}
         self._leaving: set[BlockKey] = set()
-        self._used: Counter[str] = Counter()  # bytes by namespace tag
-        self._used_nbytes = 0
-        self._now = 0
-        self._age = 0.0
-        self._remembered: OrderedDict[bytes, None] = OrderedDict()
-        self._numbers: dict[int, int] = {}
         self._to_look_at: list[bytes] = []
 
     @property
@@ -231,7 +182,7 @@ class Ledger:
             if present is None:
                 self._add_locked(key, reservation.nbytes, reservation.cost, standing)
                 return
-            pool = _pool_of(present)
+            pool = pool_of(present)
             pool.leave(present)
             self._charge_locked(key.tag, reservation.nbytes - present.nbytes)
             present.nbytes = self._shared_locked(reservation.nbytes)
@@ -291,7 +242,7 @@ class Ledger:
             if cost is not None:
                 entry.cost = self._shared_locked(cost)
             if not self.policy.keeps_place:
-                pool = _pool_of(entry)
+                pool = pool_of(entry)
                 pool.leave(entry)
                 self._join_locked(pool, entry, self.policy.group(entry))
             return True
@@ -306,7 +257,7 @@ class Ledger:
             entry = self._entries.get(packed(key))
             if entry is None:
                 return None
-            pool = _pool_of(entry)
+            pool = pool_of(entry)
             if pool.standing != standing:
                 group = entry.queue.group if entry.queue is not None else 0
                 pool.leave(entry)
@@ -319,7 +270,7 @@ class Ledger:
             entry = self._entries.pop(packed(key), None)
             if entry is None:
                 return False
-            _pool_of(entry).leave(entry)
+            pool_of(entry).leave(entry)
             freed = entry.nbytes
             reservation = self._reserved.get(key)
             if reservation is not None and reservation._replaced is entry:
@@ -362,87 +313,9 @@ class Ledger:
 
     def _is_idle_locked(self, entry: Entry) -> bool:
         ttl_s = self.limits.ttl_s
-        if ttl_s is None or entry.pins or _pool_of(entry).standing is not Standing.PASSING:
+        if ttl_s is None or entry.pins or pool_of(entry).standing is not Standing.PASSING:
             return False
         return self._clock() - entry.used_s > ttl_s
-
-    def _over(self, tag: str, charged: int) -> tuple[float, float]:
-        """By how many bytes more than allowed: of the namespace, and of all."""
-        return (
-            self._used[tag] + charged - _or_inf(self.limits.namespace_nbytes),
-            self._used_nbytes + charged - _or_inf(self.limits.nbytes),
-        )
-
-    def _victims_locked(
-        self, key: BlockKey, nbytes: int, charged: int, standing: Standing
-    ) -> dict[BlockKey, Entry] | None:
-        """Taken out of the books; None, and nothing is, if they are not enough."""
-        limits = self.limits
-        if nbytes > min(_or_inf(limits.nbytes), _or_inf(limits.namespace_nbytes)):
-            return None
-        victims: dict[BlockKey, Entry] = {}
-        excluded = packed(key)
-        # Its own first: what they free counts for the whole tier, too.
-        for scope, tag in enumerate((key.tag, None)):
-            while (over := self._over(key.tag, charged)[scope]) > 0:
-                victim = self._choose_locked(tag, over, standing, excluded)
-                if victim is None:
-                    self._restore_locked(victims)
-                    return None
-                pool = _pool_of(victim)
-                pool.leave(victim)
-                del self._entries[victim.packed]
-                self._charge_locked(pool.tag, -victim.nbytes)
-                victims[unpacked(victim.packed)] = victim
-        return victims
-
-    def _choose_locked(
-        self, tag: str | None, over: float, standing: Standing, excluded: bytes
-    ) -> Entry | None:
-        """The next victim, of one namespace or of all; None if `over` bytes are not to be had."""
-        pools = [
-            pool
-            for pool in self._pools.values()
-            if pool.queues and tag in (None, pool.tag) and pool.standing is not Standing.KEPT
-        ]
-        if sum(pool.nbytes for pool in pools) < over:
-            return None
-        free = float("inf")
-        if standing is Standing.PASSING and self.limits.reserved_share:
-            referred = (p.nbytes for p in self._pools.values() if p.standing > Standing.PASSING)
-            free = sum(referred) - self.limits.reserved_nbytes
-        heads = (self._head_locked(pool, excluded) for pool in pools)
-        found = [
-            entry
-            for entry in heads
-            if entry is not None
-            and (_pool_of(entry).standing is Standing.PASSING or entry.nbytes <= free)
-        ]
-        return min(found, key=lambda entry: entry.rank, default=None)
-
-    def _head_locked(self, pool: Pool, excluded: bytes) -> Entry | None:
-        """What this pool would give up next."""
-        for chance in range(_MOST_SPARED + 1):
-            heads = [queue.first_free(excluded) for queue in pool.queues.values()]
-            free = [entry for entry in heads if entry is not None]
-            if not free:
-                return None
-            entry = self.policy.pick(free)
-            spared = self.policy.spare(entry)
-            if spared is None or chance == _MOST_SPARED:
-                return entry
-            pool.leave(entry)
-            entry.uses = spared.uses
-            self._join_locked(pool, entry, spared.group)
-        return None
-
-    def _restore_locked(self, victims: dict[BlockKey, Entry]) -> None:
-        """Undo the choice of victims: each is back where it was, the first one first."""
-        for victim, entry in reversed(victims.items()):
-            self._entries[entry.packed] = entry
-            group = entry.queue.group if entry.queue is not None else 0
-            _pool_of(entry).join(entry, group, first=True)
-            self._charge_locked(victim.tag, entry.nbytes)
 
     def _close_locked(self, reservation: Reservation) -> Entry | None:
         if self._reserved.get(reservation.key) is not reservation:
@@ -452,60 +325,3 @@ class Ledger:
         if reservation._replaced is not None:
             reservation._replaced.pins -= 1
         return self._entries.get(packed(reservation.key))
-
-    def _add_locked(
-        self, key: BlockKey, nbytes: int, cost: int, standing: Standing = Standing.PASSING
-    ) -> Entry:
-        name = packed(key)
-        entry = Entry(name, self._shared_locked(nbytes), self._shared_locked(cost))
-        self._entries[name] = entry
-        self._charge_locked(key.tag, nbytes)
-        remembered = name in self._remembered
-        if remembered:
-            del self._remembered[name]
-        self._enter_locked(entry, key.tag, standing, remembered=remembered)
-        return entry
-
-    def _enter_locked(
-        self, entry: Entry, tag: str, standing: Standing, *, remembered: bool = False
-    ) -> None:
-        entry.used_s = int(self._clock())
-        group = self.policy.group(entry, remembered=remembered)
-        self._join_locked(self._pool_locked(tag, standing), entry, group)
-
-    def _join_locked(self, pool: Pool, entry: Entry, group: float) -> None:
-        self._now += 1
-        entry.rank = self.policy.rank(entry, self._now, self._age)
-        pool.join(entry, group)
-
-    def _pool_locked(self, tag: str, standing: Standing) -> Pool:
-        pool = self._pools.get((tag, standing))
-        if pool is None:
-            pool = self._pools[tag, standing] = Pool(tag, standing)
-        return pool
-
-    def _charge_locked(self, tag: str, nbytes: int) -> None:
-        self._used[tag] += nbytes
-        self._used_nbytes += nbytes
-
-    def _remember_locked(self, name: bytes) -> None:
-        self._remembered[name] = None
-        most = min(max(_REMEMBERED[0], len(self._entries)), _REMEMBERED[1])
-        while len(self._remembered) > most:
-            self._remembered.popitem(last=False)
-
-    def _shared_locked(self, number: int) -> int:
-        """The number, as one object: sizes and costs repeat, and a million would take 32 MB."""
-        if len(self._numbers) > _MOST_NUMBERS:
-            self._numbers.clear()
-        return self._numbers.setdefault(number, number)
-
-
-def _pool_of(entry: Entry) -> Pool:
-    if entry.queue is None:
-        raise ValueError("the entry never joined a queue")
-    return entry.queue.pool
-
-
-def _or_inf(nbytes: int | None) -> float:
-    return float("inf") if nbytes is None else nbytes

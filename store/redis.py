@@ -29,7 +29,7 @@ from .block import BlockHeader, decode_header
 from .errors import BlockFormatError, InvalidKeyError
 from .header_bytes import PREAMBLE_NBYTES
 from .keys import BlockKey
-from .ledger import LONGEST_TTL_S
+from .limits import LONGEST_TTL_S
 from .recent import Recent
 from .redis_address import RedisAddress
 from .redis_link import Command, RedisLink
