@@ -7,8 +7,9 @@ alone. The rows of a query group are stacked behind their KV head, so K and V ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,8 +37,8 @@ class _Block:
 
     rows: slice
     keys: slice
-    first: Sequence[int]
-    last: Sequence[int]
+    first: tuple[int, ...]
+    last: tuple[int, ...]
     counted: range
 
 
@@ -94,9 +95,9 @@ class BlockedAttention:
         heads, n, dim = q.shape
         out = q.new_empty(n, heads * dim)
         scale = dim**-0.5 if scale is None else scale
-        at = positions.tolist()
+        at = tuple(positions.tolist())
         most = NATIVE_BLOCK_ROWS if self._native else _block_rows(at)
-        blocks = list(_blocks(at, window, counted, most))
+        blocks = _blocks(at, window, counted, most)
         if self._native is None:
             _multiply(q * scale, k, v, blocks, out, received)
             return out
@@ -189,19 +190,25 @@ def _block_rows(at: Sequence[int]) -> int:
     return max(16, min(BLOCK_ROWS, len(at) // 8)) if scattered else BLOCK_ROWS
 
 
-def _blocks(at: Sequence[int], window: int | None, counted: range, most: int) -> Iterator[_Block]:
+@lru_cache(maxsize=8)  # the layers of a pass ask for the same again
+def _blocks(
+    at: tuple[int, ...], window: int | None, counted: range, most: int
+) -> tuple[_Block, ...]:
     """Blocks of at most so many of the rows at these positions.
 
     Windows of neighbours in a block touch, so that every key of a block is seen by one of its
     rows: what nobody sees may be undefined, and 0 × NaN would not be 0.
     """
+    blocks = []
     start = 0
     for row in range(1, len(at) + 1):
         full = row == len(at) or row - start == most
         if full or (window is not None and at[row] - at[row - 1] > window):
             low = 0 if window is None else max(0, at[start] - window + 1)
-            last = [p + 1 - low for p in at[start:row]]
-            first = [0 if window is None else max(0, end - window) for end in last]
+            last = tuple(p + 1 - low for p in at[start:row])
+            first = tuple(0 if window is None else max(0, end - window) for end in last)
             giving = range(max(counted.start - start, 0), min(counted.stop, row) - start)
-            yield _Block(slice(start, row), slice(low, at[row - 1] + 1), first, last, giving)
+            keys = slice(low, at[row - 1] + 1)
+            blocks.append(_Block(slice(start, row), keys, first, last, giving))
             start = row
+    return tuple(blocks)
