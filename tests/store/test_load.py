@@ -56,7 +56,7 @@ def test_threads_and_processes_on_one_folder(tmp_path, processes, threads, acts)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system does not tell")
-@pytest.mark.parametrize("seconds", [12, pytest.param(300, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("seconds", [60, pytest.param(600, marks=pytest.mark.soak)])
 def test_memory_and_descriptors_stay_flat(tmp_path, seconds):
     phases = lines_of(start("endure", tmp_path / "kv", seconds), 240 + 2 * seconds)
     assert len(phases) == 10
