@@ -219,7 +219,7 @@ _BAD_INPUT = {
         "SettingsError",
         "UnsupportedModelError",
     ),
-    "kvrag.store.errors": ("UnknownCodecError",),
+    "kvrag.store.errors": ("EncryptionKeyError", "UnknownCodecError"),
     "kvrag.retrieval.errors": ("DocumentError",),
 }
 

@@ -13,7 +13,7 @@ from kvrag.store.errors import TierError
 from kvrag.store.keys import BlockKey
 from kvrag.store.maintenance import verify_blocks
 from kvrag.store.tier import Tier
-from kvrag.tiers import open_tier
+from kvrag.tiers import open_sealer, open_tier
 from kvrag.upkeep.standing import Report, Standing
 
 __all__ = ["Checked", "Damaged", "check_blocks"]
@@ -33,12 +33,14 @@ class Damaged:
 class Checked:
     """What was found. `nbytes` of sound blocks; `unreachable`: why, by tier.
 
-    lacking: blocks of a corpus that no durable tier holds, and that could not be computed again.
+    missing: blocks of a corpus that are not on disk at all. lacking: those that are not there after
+    the repair either.
     """
 
     blocks: int = 0
     nbytes: int = 0
     damaged: list[Damaged] = field(default_factory=list)
+    missing: list[BlockKey] = field(default_factory=list)
     unreachable: dict[str, str] = field(default_factory=dict)
     repaired: int = 0
     lacking: list[BlockKey] = field(default_factory=list)
@@ -52,9 +54,12 @@ def check_blocks(settings: Settings, *, repair: bool, report: Report) -> Checked
 
     Raises:
         SettingsError: there is no such home.
+        EncryptionKeyError: with `repair`, the key is not the home's. Nothing was put aside then.
         TierError: its disk cannot be read. A Redis that fails is told of in the result.
     """
     home = existing_home(settings)
+    if repair:
+        open_sealer(settings)
     checked = Checked()
     referred = home.referred_keys() or set()
     with closing(open_tier(settings, "disk")) as disk:
@@ -68,24 +73,30 @@ def check_blocks(settings: Settings, *, repair: bool, report: Report) -> Checked
         if not repair:
             return checked
         keys = dict.fromkeys(row.key for row in checked.damaged if row.corpus)
-        lost = [key for key in keys if not disk.contains(key)]
+        lost = [key for key in keys if not disk.contains(key)] + checked.missing
     if lost:
         checked.lacking = _lacking(settings, lost)
-    checked.repaired = len(checked.damaged) - len(checked.lacking)
+    checked.repaired = len(checked.damaged) + len(checked.missing) - len(checked.lacking)
     return checked
 
 
 def _check(
     tier: Tier, referred: set[BlockKey], checked: Checked, *, repair: bool, report: Report
 ) -> None:
-    keys = list(tier.keys())
+    listed = list(tier.keys())
+    # What stands in a block's place and is no file is not listed, and damage all the same.
+    keys = list(dict.fromkeys([*listed, *sorted(referred)])) if tier.durable else listed
+    seen: set[BlockKey] = set()
     for done, found in enumerate(verify_blocks(tier, keys, repair=repair), start=1):
         checked.blocks += 1
+        seen.add(found.key)
         checked.nbytes += found.nbytes
         if found.damage is not None:
             corpus = found.key in referred
             checked.damaged.append(Damaged(tier.name, found.key, corpus, found.damage))
         report(Standing(f"blocks in {tier.name}", done, len(keys)))
+    if tier.durable:
+        checked.missing = [key for key in sorted(referred) if key not in seen]
 
 
 def _lacking(settings: Settings, lost: Sequence[BlockKey]) -> list[BlockKey]:

@@ -17,7 +17,7 @@ from kvrag.store.keys import BlockKey, KeyMaker
 from kvrag.store.sealing import is_sealed
 from kvrag.store.secret import load_or_create_secret
 from kvrag.store.tier import StoredBlock, Tier
-from kvrag.tiers import tier_slots
+from kvrag.tiers import open_sealer, tier_slots
 
 __all__ = ["Orphans", "collect_orphans"]
 
@@ -58,6 +58,7 @@ def collect_orphans(settings: Settings, *, unused_s: float = 0.0, delete: bool) 
     Raises:
         SettingsError: there is no home, or none with a catalog.
         TierError: the home's disk cannot be used; that another tier cannot is told in the result.
+        EncryptionKeyError: a key is given, and it is not the home's.
         MissingExtraError: as `tier_slots`.
     """
     home = Home(settings.home)
@@ -66,6 +67,8 @@ def collect_orphans(settings: Settings, *, unused_s: float = 0.0, delete: bool) 
             f"home {home.path} has no catalog, so nobody knows what its corpus refers to; if there "
             f"is none, delete {home.kv}"
         )
+    if settings.encryption_key is not None or settings.encryption_key_file is not None:
+        open_sealer(settings)  # one that is not the home's decides nothing here
     result = Orphans({}, {})
     with ExitStack() as stack:
         tiers = [stack.enter_context(slot.tier) for slot in tier_slots(settings)]
@@ -88,6 +91,8 @@ def collect_orphans(settings: Settings, *, unused_s: float = 0.0, delete: bool) 
                 found = [e for e in mine if e.key not in referred or e.key in useless]
                 if delete:
                     tier.delete_many([entry.key for entry in found])
+                    if tier.durable:
+                        _forget(home, useless)
                 result.tiers[tier.name] = found
     return result
 
@@ -116,6 +121,13 @@ def _not_sealed(
                 is_sealed(header) and header.codec_digest == sealed_by
             ):
                 yield key
+
+
+def _forget(home: Home, keys: Iterable[BlockKey]) -> None:
+    """Take back the references to blocks that no name leads to any more."""
+    with Catalog.open(home.catalog) as catalog:
+        for key in keys:
+            catalog.forget_block(str(key))
 
 
 def _of_the_home(home: Home) -> tuple[set[BlockKey], set[str]]:

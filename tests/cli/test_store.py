@@ -60,6 +60,40 @@ def test_damage_is_found_and_repaired(kvrag, home):
     assert kvrag("store", "verify").code == 0
 
 
+def test_what_is_missing_is_told_and_made_again(kvrag, home):
+    """A folder in a block's place was invisible, and a store without blocks was called sound."""
+    gone, strange, *_ = block_files(home)
+    whole = gone.read_bytes()
+    gone.unlink()
+    strange.unlink()
+    strange.mkdir()
+    found = kvrag("store", "verify", "--json")
+    assert found.code == 4
+    assert [key.split("/")[1] for key in found.json["missing"]] == [gone.stem]
+    assert [row["key"].split("/")[1] for row in found.json["damaged"]] == [strange.stem]
+    text = kvrag("store", "verify").out
+    assert "1 that documents refer to were not on disk" in text
+    repaired = kvrag("store", "verify", "--repair", "--json")
+    assert repaired.code == 0
+    assert (repaired.json["repaired"], repaired.json["lacking"]) == (2, [])
+    assert gone.read_bytes() == whole
+    assert strange.is_file()
+    again = kvrag("store", "verify", "--json")
+    assert (again.code, again.json["missing"]) == (0, [])
+
+
+def test_a_repair_without_the_homes_key_touches_nothing(kvrag, home, monkeypatch):
+    (home / "encryption.id").write_text("0" * 32 + "\n")
+    flip(block_files(home)[0])
+    before = block_files(home)
+    result = kvrag("store", "verify", "--repair")
+    assert result.code == 2
+    assert block_files(home) == before
+    monkeypatch.setenv("KVRAG_ENCRYPTION_KEY_FILE", str(home / "none"))
+    assert kvrag("store", "gc").code == 2
+    assert block_files(home) == before
+
+
 def test_what_this_namespace_does_not_give_stays_lacking(kvrag, home):
     flip(block_files(home)[0])
     result = kvrag("--set", "namespace=other", "store", "verify", "--repair")

@@ -19,14 +19,15 @@ def verify(
     repair: Annotated[
         bool,
         typer.Option(
-            "--repair", help="Put damaged blocks aside, and compute those of the corpus again."
+            "--repair",
+            help="Put damaged blocks aside, and compute what the corpus lacks again.",
         ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Read every block on disk, and in Redis if there is one, anew, of all namespaces.
 
-    Exits with 4 if one stays damaged, else with 1 if Redis could not be read.
+    Exits with 4 if one stays damaged or missing, else with 1 if Redis could not be read.
     """
     from kvrag.cli.bar import shown
     from kvrag.upkeep.checking import check_blocks
@@ -40,7 +41,8 @@ def verify(
     ]
     if as_json:
         facts = {"blocks": checked.blocks, "nbytes": checked.nbytes, "damaged": damaged}
-        facts |= {"repaired": checked.repaired, "lacking": list(map(str, checked.lacking))}
+        facts |= {"missing": list(map(str, checked.missing)), "repaired": checked.repaired}
+        facts |= {"lacking": list(map(str, checked.lacking))}
         print_json(facts | {"unreachable": checked.unreachable})
     else:
         show(*(f"{row['key']} in {row['tier']}: {row['damage']}" for row in damaged))
@@ -48,12 +50,14 @@ def verify(
             f"{checked.blocks - len(damaged)} of {checked.blocks} blocks are sound, "
             f"{format_bytes(checked.nbytes)}; {checked.repaired} repaired"
         )
+        if checked.missing:
+            show(f"{len(checked.missing)} that documents refer to were not on disk")
         if checked.lacking:
             lacking = len(checked.lacking)
             show(f"{lacking} belong to another model, codec or namespace: precompute there")
     for tier, reason in checked.unreachable.items():
         sys.stderr.write(f"warning: {one_line(f'tier {tier} was not read: {reason}')}\n")
-    if len(damaged) > checked.repaired:
+    if len(damaged) + len(checked.missing) > checked.repaired:
         raise typer.Exit(_EXIT_DAMAGED)
     if checked.unreachable:
         raise typer.Exit(_EXIT_FAILED)
