@@ -56,8 +56,15 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     """A table for people; no text in it is taken for markup."""
     table = Table(*columns, title=title)
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*map(_cell, row))
     _console().print(table)
+
+
+def _cell(value: object) -> str:
+    """Numbers to four digits, and whole from ten thousand on."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
 def print_json(result: Mapping[str, Any]) -> None:

@@ -143,6 +143,9 @@ class LayerwiseRun(FusionRun):
         decoder.reserve(prompt.length)
         self._strategy, self._decoder, self._prompt = strategy, decoder, prompt
         self._layers, self._cache = layers, cache
+        # Asked once: whether something is such a protocol takes as long as a small product.
+        native = decoder.kernels.native is not None
+        self._placing = layers if native and isinstance(layers, PlacingStream) else None
         self._first_chunks = strategy.first_chunks(decoder, prompt)
         self._candidates = strategy.candidates(prompt)
         self._token_ids = torch.tensor(prompt.token_ids, device=decoder.device)
@@ -261,8 +264,8 @@ class LayerwiseRun(FusionRun):
             return layer.put_stored(self._known(stored), seen, cache.k[index], cache.v[index])
 
         pulled: Sequence[tuple[Tensor, Tensor] | None]
-        if self._decoder.kernels.native is not None and isinstance(self._layers, PlacingStream):
-            pulled = self._layers.place_layer(place)
+        if self._placing is not None:
+            pulled = self._placing.place_layer(place)
         else:
             pulled = self._layers.next_layer()
         seen = [
