@@ -11,7 +11,6 @@ import json
 import os
 import random
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from kvrag.store.errors import DamagedBlockError
 from kvrag.store.ram import RamTier
 from kvrag.store.tiered import TieredStore, TierSlot
 
+from .doubles import in_threads
 from .helpers import FINGERPRINT, make_block, make_key, token_ids
 
 VERSIONS = 2
@@ -76,25 +76,6 @@ def damage(path: Path, rng: random.Random) -> None:
                 os.pwrite(file.fileno(), bytes([byte[0] ^ 1 << rng.randrange(8)]), at)
     except FileNotFoundError:
         return
-
-
-def in_threads(count: int, work) -> None:
-    """Run `work(index)` in threads; raises the first failure."""
-    failures: list[BaseException] = []
-
-    def run(index: int) -> None:
-        try:
-            work(index)
-        except BaseException as exc:
-            failures.append(exc)
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
 
 
 def measure() -> dict[str, int]:

@@ -41,4 +41,10 @@ EXPORT void decode(const float *q, int64_t sequences, int64_t heads, int64_t kv_
                    const int64_t *first, const int64_t *end, const int64_t *pieces, float scale,
                    float *states, float *out, int threads);
 
+/* The norms of a layer, as layers.py and row_layer.py mirror them. */
+typedef struct {
+    const float *weight; /* NULL: there is no such norm */
+    int64_t size;
+} norm_t;
+
 #endif

@@ -15,11 +15,6 @@ typedef struct {
 } product_t;
 
 typedef struct {
-    const float *weight; /* NULL: there is no such norm */
-    int64_t size;
-} norm_t;
-
-typedef struct {
     norm_t before_attention, q_norm, k_norm, after_attention, before_mlp, after_mlp;
     product_t q, k, v, output, gate, up, down;
     int64_t rope;   /* which table, or -1 */

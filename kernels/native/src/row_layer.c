@@ -12,11 +12,6 @@ typedef struct {
 } packed_t;
 
 typedef struct {
-    const float *weight; /* NULL: there is no such norm */
-    int64_t size;
-} norm_t;
-
-typedef struct {
     norm_t before_attention, q_norm, k_norm, after_attention, before_mlp, after_mlp;
     packed_t qkv, output, gate_up, down;
     int64_t hidden, q_size, kv_size, mlp, gelu, least_shared;
