@@ -74,6 +74,7 @@ def test_requests_that_miss_the_same_chunk_at_once_compute_it_once(url, monkeypa
 
     body = {"question": "Who?", "passages": ["Anna lit it.", "Olaf put it out."], "max_tokens": 2}
     orders = [body, body | {"passages": body["passages"][::-1]}] * 2
+    ask(url, question="busy", passages=["x"], max_tokens=1)  # stored: `busy` computes none below
     with ThreadPoolExecutor(4) as pool, busy(url):
         monkeypatch.setattr(ChunkBlocks, "compute", counted)
         answers = [pool.submit(ask, url, strategy="reuse", **order) for order in orders]
