@@ -101,6 +101,24 @@ def tiny(tmp_path_factory) -> TinyModels:
     return TinyModels(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture
+def server(tmp_path):
+    """A Redis of the test's own; the test is marked `redis`."""
+    from tests.store.redis_server import RedisServer
+
+    with RedisServer(tmp_path / "redis") as server:
+        yield server
+
+
+@pytest.fixture
+def proxy(server):
+    """What stands between a test and its `server`, and may spoil what that answers."""
+    from tests.store.proxy import Proxy
+
+    with Proxy(server.port) as proxy:
+        yield proxy
+
+
 @pytest.fixture(scope="session")
 def models_dir(pytestconfig) -> Path:
     """`Settings.models_dir` for the real models: converted once, kept from run to run."""

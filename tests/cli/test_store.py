@@ -154,15 +154,6 @@ def test_policies_are_shown(kvrag, home):
     assert kvrag("--set", "ram_policy=mru", "store", "stat").code == 2
 
 
-@pytest.fixture
-def server(tmp_path):
-    pytest.importorskip("redis", reason="the extra redis is not installed")
-    from tests.store.redis_server import RedisServer
-
-    with RedisServer(tmp_path / "redis") as server:
-        yield server
-
-
 @pytest.mark.redis
 def test_redis_is_looked_into(kvrag, home, server, monkeypatch):
     """`ls` and `verify` of a Redis that the corpus was copied to; `gc` leaves it alone."""

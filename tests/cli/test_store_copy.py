@@ -19,15 +19,6 @@ QUESTION = "Who keeps the lamp?"
 KEY, OTHER_KEY = "0123456789abcdef" * 4, "f" * 64
 
 
-@pytest.fixture
-def server(tmp_path):
-    pytest.importorskip("redis", reason="the extra redis is not installed")
-    from tests.store.redis_server import RedisServer
-
-    with RedisServer(tmp_path / "redis") as server:
-        yield server
-
-
 def whole(home):
     """What lies on disk, by the place in the home."""
     return {path.relative_to(home): path.read_bytes() for path in block_files(home)}

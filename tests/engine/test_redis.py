@@ -14,7 +14,6 @@ import torch
 from kvrag import Engine, Settings
 from kvrag.errors import SettingsError
 from kvrag.retrieval.documents import Document
-from tests.store.proxy import Proxy
 from tests.tiny import make_tiny_embedder, make_tiny_model
 
 pytestmark = pytest.mark.redis
@@ -38,20 +37,6 @@ def wanted(folder, tmp_path_factory):
     home = tmp_path_factory.mktemp("plain") / "home"
     with open_engine(folder, home, ram_bytes=2**30) as engine:
         return ask(engine).logits
-
-
-@pytest.fixture
-def server(tmp_path):
-    from tests.store.redis_server import RedisServer
-
-    with RedisServer(tmp_path / "redis") as server:
-        yield server
-
-
-@pytest.fixture
-def proxy(server):
-    with Proxy(server.port) as proxy:
-        yield proxy
 
 
 @pytest.fixture

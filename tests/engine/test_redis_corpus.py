@@ -26,14 +26,6 @@ def folders(tmp_path_factory):
     return make_tiny_model(root / "model"), make_tiny_embedder(root / "embedder")
 
 
-@pytest.fixture
-def server(tmp_path):
-    from tests.store.redis_server import RedisServer
-
-    with RedisServer(tmp_path / "redis") as server:
-        yield server
-
-
 def settings_of(folders, home, **settings):
     model, embedder = folders
     return Settings(
@@ -93,12 +85,6 @@ def test_no_query_waits_for_a_deletion_in_a_slow_redis(folders, server, tmp_path
         assert waited < 1.4
         assert took < 5, "one round trip for all blocks, not one each"
     assert not in_redis(server)
-
-
-@pytest.fixture
-def proxy(server):
-    with Proxy(server.port) as proxy:
-        yield proxy
 
 
 def delete_while_away(engine, proxy):

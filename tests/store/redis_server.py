@@ -13,7 +13,7 @@ from pathlib import Path
 
 import redis
 
-#: Valkey answers under the same protocol; whichever is installed is tested.
+#: Valkey answers under the same protocol; which of them it is matters to few tests.
 PROGRAM = shutil.which("redis-server") or shutil.which("valkey-server")
 
 
@@ -30,12 +30,14 @@ def free_port() -> int:
 class RedisServer:
     """Starts at once, in `folder`, with further `options` of its command line."""
 
-    def __init__(self, folder: Path, *options: str, sentinel: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *options: str, sentinel: bool = False, program: str | None = None
+    ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
         self.socket = folder / "s"
-        self._options, self._sentinel = options, sentinel
+        self._options, self._sentinel, self._program = options, sentinel, program or PROGRAM
         self.start()
 
     @property
@@ -45,7 +47,7 @@ class RedisServer:
     def start(self) -> None:
         plain = ["--save", "", "--appendonly", "no"]
         command = [
-            *(PROGRAM, *([str(self.folder / "conf")] if self._sentinel else [])),
+            *(self._program, *([str(self.folder / "conf")] if self._sentinel else [])),
             *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)),
             *([] if self._sentinel else ["--unixsocket", str(self.socket), *plain]),
             *self._options,

@@ -22,10 +22,11 @@ SIZE = make_block(0).nbytes
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(tmp_path_factory, program):
+    """One for all tests of the file."""
     from .redis_server import RedisServer
 
-    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+    with RedisServer(tmp_path_factory.mktemp("redis"), program=program) as server:
         yield server
 
 

@@ -16,23 +16,8 @@ from kvrag.tiers import tier_slots
 
 from .doubles import FakeClock
 from .helpers import FINGERPRINT, make_block, make_key, token_ids
-from .proxy import Proxy
 
 pytestmark = pytest.mark.redis
-
-
-@pytest.fixture
-def server(tmp_path):
-    from .redis_server import RedisServer
-
-    with RedisServer(tmp_path / "redis") as server:
-        yield server
-
-
-@pytest.fixture
-def proxy(server):
-    with Proxy(server.port) as proxy:
-        yield proxy
 
 
 def make_tier(url, **options):
