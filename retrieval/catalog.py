@@ -398,6 +398,10 @@ class Catalog:
             after = rows[-1][0]
             yield from (key for (key,) in rows)
 
+    def num_owed_deletions(self) -> int:
+        """How many blocks `owed_deletions` names."""
+        return int(self._rows("SELECT count(*) FROM owed_deletions", ())[0][0])
+
     def settle_deletions(self, keys: Sequence[str]) -> None:
         """The blocks are deleted wherever they lay."""
         with self._writing() as db:

@@ -19,6 +19,7 @@ from kvrag.cli.common import (
     read_input_file,
     settings_of,
     show,
+    warn,
 )
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def ask(
         return
     sys.stdout.write("\n")
     for warning in answer.report.warnings:
-        sys.stderr.write(f"warning: {one_line(warning)}\n")
+        warn(warning)
     if show_sources:
         _show_sources(answer.sources)
     if trace:

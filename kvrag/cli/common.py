@@ -31,6 +31,7 @@ __all__ = [
     "read_input_file",
     "settings_of",
     "show",
+    "warn",
 ]
 
 #: A table that goes into a file or a pipe need not fit a screen.
@@ -92,6 +93,11 @@ def one_line(text: str) -> str:
     """`text` on one line, without the control characters that would steer a terminal."""
     joined = " ".join(text.split())
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in joined)
+
+
+def warn(sentence: str) -> None:
+    """One line of stderr for what did not end the command."""
+    sys.stderr.write(f"warning: {one_line(sentence)}\n")
 
 
 def plain_table(*columns: str, title: str | None = None) -> Table:

@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from kvrag import __version__
-from kvrag.cli import config, model, store
+from kvrag.cli import config, documents, model, store
 from kvrag.cli.ask import ask
 from kvrag.cli.common import Globals, globals_of, one_line, parse_setting, settings_of
 from kvrag.cli.precompute import precompute
@@ -63,6 +63,7 @@ def _serve(context: typer.Context) -> None:
     _forward(context, serve_app)
 
 
+app.add_typer(documents.app, name="documents")
 app.add_typer(model.app, name="model")
 app.add_typer(store.app, name="store")
 app.add_typer(config.app, name="config")

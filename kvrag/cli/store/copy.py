@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvrag.cli.common import JsonOption, format_bytes, one_line, print_json, settings_of, show
+from kvrag.cli.common import JsonOption, format_bytes, print_json, settings_of, show, warn
 
 if TYPE_CHECKING:
     from kvrag.store.maintenance import Copied
@@ -66,4 +65,4 @@ def copy(
 
 
 def _warn(copied: Copied) -> None:
-    sys.stderr.write(f"warning: {one_line(f'{copied.key} is left out: {copied.why}')}\n")
+    warn(f"{copied.key} is left out: {copied.why}")

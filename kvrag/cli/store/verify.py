@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
-from kvrag.cli.common import JsonOption, format_bytes, one_line, print_json, settings_of, show
+from kvrag.cli.common import JsonOption, format_bytes, print_json, settings_of, show, warn
 
 __all__ = ["verify"]
 
@@ -56,7 +55,7 @@ def verify(
             lacking = len(checked.lacking)
             show(f"{lacking} belong to another model, codec or namespace: precompute there")
     for tier, reason in checked.unreachable.items():
-        sys.stderr.write(f"warning: {one_line(f'tier {tier} was not read: {reason}')}\n")
+        warn(f"tier {tier} was not read: {reason}")
     if len(damaged) + len(checked.missing) > checked.repaired:
         raise typer.Exit(_EXIT_DAMAGED)
     if checked.unreachable:
