@@ -1,4 +1,4 @@
-"""What the commands share: the options before the command, and how things are shown.
+"""What the commands share: the options that all take, and how things are shown.
 
 Nothing heavy is imported here: `kvrag --help` reads this module.
 """
@@ -42,19 +42,19 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object,
 
 @dataclass(slots=True)
 class Globals:
-    """The options before the command. `overrides` are settings, stronger than any other source."""
+    """The options that all take. `overrides` are settings, stronger than any other source."""
 
     overrides: dict[str, Any] = field(default_factory=dict)
     verbose: bool = False
 
 
 def globals_of(context: typer.Context) -> Globals:
-    """The options before the command."""
+    """The options that all commands take."""
     return context.obj if isinstance(context.obj, Globals) else Globals()
 
 
 def settings_of(context: typer.Context, **overrides: Any) -> Settings:
-    """The settings in force: those of a command, of the options before it, then the other sources.
+    """The settings in force: a command's own, the options that all take, then the other sources.
 
     An override of None is none. Raises SettingsError.
     """

@@ -1,4 +1,4 @@
-"""The `kvrag` command: options before the command, the commands, and what becomes of errors.
+"""The `kvrag` command: options of all commands, the commands, and what becomes of errors.
 
 Exit codes: 0 done, 1 a failure, 2 bad input or settings, 3 done but something was skipped,
 4 verified and found wrong, 130 interrupted (`serve`, which is stopped that way, ends with 0), 141
@@ -14,12 +14,13 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kvrag import __version__
 from kvrag.cli import config, documents, model, store
+from kvrag.cli.arguments import moved_to_front
 from kvrag.cli.ask import ask
 from kvrag.cli.common import Globals, globals_of, one_line, parse_setting, settings_of
 from kvrag.cli.precompute import precompute
@@ -39,7 +40,10 @@ _FORWARDED = {
 }
 
 app = typer.Typer(
-    help="Answers over a corpus whose KV caches were computed beforehand.",
+    help=(
+        "Answers over a corpus whose KV caches were computed beforehand. The options below may "
+        "stand behind the command, too."
+    ),
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -161,9 +165,9 @@ def run(arguments: Sequence[str]) -> int:
     given = Globals()
     try:
         try:
-            result = typer.main.get_command(app)(
-                list(arguments), prog_name="kvrag", obj=given, standalone_mode=False
-            )
+            command = typer.main.get_command(app)
+            ordered = _ordered(command.params, arguments)
+            result = command(ordered, prog_name="kvrag", obj=given, standalone_mode=False)
             sys.stdout.flush()
         except SystemExit as exc:
             # Typer leaves no other way out when stdout's reader is gone.
@@ -177,6 +181,15 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as exc:
         return _report(exc, verbose=given.verbose)
     return result if isinstance(result, int) else 0
+
+
+def _ordered(options: Sequence[Any], arguments: Sequence[str]) -> list[str]:
+    """The arguments with the settings among these options first, wherever they were given."""
+    names: dict[bool, list[str]] = {True: [], False: []}
+    for option in options:
+        if option.expose_value and not option.is_eager:
+            names[option.is_flag] += option.opts
+    return moved_to_front(arguments, with_value=names[False], flags=names[True])
 
 
 def _report(exc: Exception, *, verbose: bool) -> int:

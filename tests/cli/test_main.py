@@ -1,4 +1,4 @@
-"""The command as a whole: help, versions, options before the command, errors and exit codes."""
+"""The command as a whole: help, versions, options that all take, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -93,6 +93,26 @@ def test_unknown_settings_are_named(kvrag, tmp_path, monkeypatch):
     result = kvrag("config", "show")
     assert result.code == 2
     assert "KVRAG_RATOI is no setting" in result.error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--home", "/x y", "--set", "k=7", "config", "show", "--json"],
+        ["config", "--set=k=7", "show", "--home=/x y", "--json"],
+        ["config", "show", "--set", "k=3", "--json", "--home", "/x y", "--set", "k=7"],
+        ["--home", "/z", "config", "show", "--set", "k=7", "--json", "--home", "/x y"],
+    ],
+)
+def test_settings_may_stand_anywhere(kvrag, arguments):
+    """Behind the command they were "No such option", with no word of where they belong."""
+    shown = kvrag(*arguments).json
+    assert (shown["home"]["value"], shown["k"]["value"]) == ("/x y", 7)
+
+
+def test_a_setting_without_its_value_is_said_to_lack_it(kvrag):
+    assert "'--home' requires an argument" in kvrag("config", "show", "--home").error
+    assert "unexpected extra argument" in kvrag("config", "show", "--", "--home").error
 
 
 def test_an_error_has_a_traceback_only_when_asked(kvrag):
@@ -222,7 +242,7 @@ def test_interrupt_is_quiet(environment):
     assert (process.returncode, out, err) == (130, "", "")
 
 
-def test_serve_and_bench_get_the_options_before_them(kvrag, monkeypatch):
+def test_serve_and_bench_get_the_options_that_all_take(kvrag, monkeypatch):
     """Both live in apps of their own that are imported when they run."""
     seen = {}
     benchmarks = typer.Typer()
@@ -240,6 +260,9 @@ def test_serve_and_bench_get_the_options_before_them(kvrag, monkeypatch):
     assert kvrag("--threads", "2", "serve", "--port", "7").code == 0
     assert kvrag("--threads", "2", "bench", "first").code == 0
     assert seen == {"serve": (2, 7), "bench": 2}
+    assert kvrag("serve", "--port", "8", "--threads", "3").code == 0
+    assert kvrag("bench", "--threads", "3", "first").code == 0
+    assert seen == {"serve": (3, 8), "bench": 3}
     assert "No such option" in kvrag("serve", "--nope").error
 
 
