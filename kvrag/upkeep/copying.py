@@ -53,9 +53,9 @@ def copy_place(
         here, there = source.home.encryption_id, target.home.encryption_id
         check_same(here, there, "an encryption key")
     with ExitStack() as stack:
-        one = stack.enter_context(source.open(settings, "source"))
+        one = stack.enter_context(source.open(settings))
         keys = list(one.keys())
-        other = stack.enter_context(target.open(settings, "target"))
+        other = stack.enter_context(target.open(settings))
         if source.home is not None and target.home is not None:
             copy_secret(source.home, target.home)
             if here.exists():

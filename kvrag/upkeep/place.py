@@ -35,11 +35,11 @@ class Place:
     def __str__(self) -> str:
         return self.name
 
-    def open(self, settings: Settings, name: str) -> Tier:
-        """The tier, which messages call `name`. Raises as `kvrag.tiers.open_tier`."""
+    def open(self, settings: Settings) -> Tier:
+        """The tier, of the place's name. Raises as `kvrag.tiers.open_tier`."""
         if self.folder is None:
-            return open_redis(settings, self._url, name=name)
-        return DiskTier(self.folder, name, fsync=settings.disk_fsync == "always")
+            return open_redis(settings, self._url, name=self.name)
+        return DiskTier(self.folder, self.name, fsync=settings.disk_fsync == "always")
 
 
 def source_place(text: str) -> Place:

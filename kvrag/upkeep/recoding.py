@@ -73,7 +73,7 @@ def recode_place(
         raise InputError(f"home {catalog_home.path} has no catalog; `kvrag precompute` makes it")
     opened_by, sealed_by = _sealers(source, target, settings)
     with ExitStack() as stack:
-        one = stack.enter_context(_opened(source, settings, "source", opened_by))
+        one = stack.enter_context(_opened(source, settings, opened_by))
         keys = list(one.keys())
         _check_codecs(source, one, keys, settings.codec, report)
         if source.home is not None and target.home is not None:
@@ -86,7 +86,7 @@ def recode_place(
         catalog = None
         if target.home is not None:
             catalog = stack.enter_context(Catalog.open(target.home.catalog))
-        other = stack.enter_context(_opened(target, settings, "target", sealed_by))
+        other = stack.enter_context(_opened(target, settings, sealed_by))
         secret = load_or_create_secret(home.secret)
         made_with = KeyMaker(secret, sealed_by=opened_by.key_id if opened_by is not None else "")
         recoder = _Recoder(one, other, kinds, made_with, origin, catalog)
@@ -267,6 +267,6 @@ def _sealers(
     return opened_by, sealer
 
 
-def _opened(place: Place, settings: Settings, name: str, sealer: Sealer | None) -> Tier:
-    tier = place.open(settings, name)
+def _opened(place: Place, settings: Settings, sealer: Sealer | None) -> Tier:
+    tier = place.open(settings)
     return tier if sealer is None else SealedTier(tier, sealer)

@@ -46,6 +46,26 @@ def test_copy_is_whole_and_goes_on(kvrag, home, tmp_path):
     assert whole(target) == whole(home)
 
 
+def test_a_place_that_fails_is_named_as_it_was_given(kvrag, home, tmp_path):
+    """It was "tier target", whatever it was."""
+    (tmp_path / "file").write_text("no folder")
+    result = kvrag("store", "copy", home / "kv", tmp_path / "file" / "tier")
+    assert result.code == 2
+    assert f"tier {tmp_path / 'file' / 'tier'}: " in result.error
+
+
+def test_what_is_not_copied_is_said(kvrag, home, tmp_path):
+    """A home without documents looked like a whole one, until the first question."""
+    said = "documents, chunks and the vector index are not copied"
+    assert said in kvrag("store", "copy", home, tmp_path / "plain").out
+    assert not (tmp_path / "plain" / "catalog.sqlite").exists()
+    assert said not in kvrag("store", "copy", home / "kv", tmp_path / "tier").out
+    whole_home = kvrag("store", "copy", home, tmp_path / "whole", "--codec", "raw")
+    assert whole_home.code == 0
+    assert said not in whole_home.out
+    assert ask(kvrag, tmp_path / "whole", "raw")[0] == {"disk"}
+
+
 def test_copy_leaves_damage_out(kvrag, home, tmp_path):
     flip(block_files(home)[0])
     result = kvrag("store", "copy", home / "kv", tmp_path / "tier", "--json")
@@ -139,10 +159,12 @@ def flip_in_redis(server):
 @pytest.mark.redis
 def test_a_redis_that_is_gone_fails_without_its_password(kvrag, home, server):
     server.kill()
-    result = kvrag("store", "copy", home, f"redis://:sesame@127.0.0.1:{server.port}/0")
-    assert result.code == 1
-    assert "tier target" in result.error
-    assert "sesame" not in result.err
+    url = f"redis://:sesame@127.0.0.1:{server.port}/0"
+    for options in ((), ("--codec", "int8")):
+        result = kvrag("store", "copy", home, url, *options)
+        assert result.code == 1
+        assert f"tier redis://***@127.0.0.1:{server.port}/0: " in result.err
+        assert "sesame" not in result.err
 
 
 @pytest.mark.redis

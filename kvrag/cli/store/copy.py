@@ -30,9 +30,9 @@ def copy(
     """Copy all blocks, leaving out those that are there. Run it again to go on.
 
     Byte by byte; between two homes the key secret is copied, too, and must not be another: without
-    it no block is found. With --codec the blocks of the model are encoded anew, and a home TO gets
-    the catalog and index, too. Exits with 4 if a block of FROM is damaged, else with 3 if one was
-    left out.
+    it no block is found. Documents and vector index are not. With --codec the blocks of the model
+    are encoded anew, and a home TO gets documents and index, too. Exits with 4 if a block of FROM
+    is damaged, else with 3 if one was left out.
     """
     from kvrag.cli.bar import shown
     from kvrag.upkeep.copying import copy_place
@@ -58,6 +58,11 @@ def copy(
             f"{outcomes['present']} were there, {outcomes['damaged']} are damaged, "
             f"{outcomes['left_out']} left out"
         )
+        if codec is None and one.home is not None:
+            show(
+                "blocks alone: documents, chunks and the vector index are not copied (--codec takes "
+                "them along to a home)"
+            )
     if outcomes["damaged"]:
         raise typer.Exit(_EXIT_DAMAGED)
     if outcomes["left_out"]:
