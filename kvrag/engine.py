@@ -396,6 +396,11 @@ class Engine:
         kinds = (*self._open_corpus()[1].all, *self.passage_blocks.all)
         return list({kind.scope: kind for kind in kinds}.values())
 
+    @property
+    def owed_deletions(self) -> int:
+        """Blocks of deleted documents that a tier could not delete yet. Never waits."""
+        return self._references.num_owed
+
     def stats(self) -> StoreStats:
         """Counters and sizes of the store's tiers."""
         self._check_open()

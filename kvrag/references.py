@@ -10,6 +10,7 @@ tier that is away at that moment gives them up when it is back, were it after a 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -28,7 +29,10 @@ _log = logging.getLogger(__name__)
 
 
 class References:
-    """References of chunks to blocks, of one home. Thread-safe."""
+    """References of chunks to blocks, of one home. Thread-safe.
+
+    `num_owed`: blocks that are still to be deleted, as of the last `refresh` or deletion.
+    """
 
     def __init__(
         self,
@@ -45,8 +49,9 @@ class References:
         self._seen = 0  # the number of the last reference protected by `refresh`
         #: When to try what is owed again: as a tier that fails.
         self._deletions, self._aside = Health(clock), aside
+        self.num_owed = 0
         self.refresh()
-        if next(catalog.owed_deletions(), None) is not None:
+        if self.num_owed:
             self._begin(self._settle)
 
     def refresh(self) -> None:
@@ -60,6 +65,7 @@ class References:
                 for number, key in self._catalog.block_refs_above(self._seen):
                     self._store.protect([BlockKey.parse(key)])
                     self._seen = number
+                self.num_owed = self._catalog.num_owed_deletions()
                 self._version = version
         if self._deletions.claim_trial():
             self._begin(self._settle_again)
@@ -70,6 +76,8 @@ class References:
             if not self._catalog.add_block_ref(str(key), chunk_id, scope):
                 return False
             self._store.protect([key])
+            if self.num_owed:  # perhaps that of this block
+                self._count_owed()
             return True
 
     def add_for_query(self, chunks: Iterable[tuple[BlockKey, int, str]]) -> None:
@@ -96,10 +104,10 @@ class References:
     def _settle(self) -> None:
         try:
             self._delete(list(self._catalog.owed_deletions()))
-            if next(self._catalog.owed_deletions(), None) is None:
-                self._deletions.worked("deletion")
-            else:
+            if self._catalog.num_owed_deletions():
                 self._deletions.failed("deletion")
+            else:
+                self._deletions.worked("deletion")
         except CatalogError as exc:
             _log.warning("blocks of deleted documents stay for now: %s", exc)
             self._deletions.failed("deletion")
@@ -126,6 +134,11 @@ class References:
                 len(names),
                 exc,
             )
+        self._count_owed()
+
+    def _count_owed(self) -> None:
+        with contextlib.suppress(CatalogError):  # then the number stays as it was
+            self.num_owed = self._catalog.num_owed_deletions()
 
     def _begin(self, work: Callable[[], None]) -> None:
         try:

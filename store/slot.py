@@ -124,7 +124,8 @@ class Slot:
         self._counts: Counter[str] = Counter()
         self._latencies = {name: LatencyCounter() for name in ("lookup", "read", "write")}
         self._lock = threading.Lock()
-        self._loaded = False
+        self._clock = clock
+        self._listed_s: float | None = None  # when the books were filled
         self._closed = False
         self.loaded: Callable[[], None] = lambda: None  # called when the books were filled
         if self.durable or self.in_process:
@@ -145,7 +146,7 @@ class Slot:
         """
         if self._health.claim_trial() and not self._begin(self._try):
             self._health.end_trial()
-        return (self._loaded or not self.durable) and self._health.healthy
+        return (self._listed_s is not None or not self.durable) and self._health.healthy
 
     def require_usable(self) -> None:
         """Raise `TierError` unless it is `usable`."""
@@ -267,7 +268,13 @@ class Slot:
             lookup_latency=self._latencies["lookup"].read(),
             read_latency=self._latencies["read"].read(),
             write_latency=self._latencies["write"].read(),
+            listed_s=self._age_s(),
         )
+
+    def _age_s(self) -> float | None:
+        if self.in_process:
+            return 0.0  # nobody else puts anything there
+        return None if self._listed_s is None else self._clock() - self._listed_s
 
     def close(self) -> None:
         """Close the tier. A second call does nothing."""
@@ -291,7 +298,7 @@ class Slot:
             self.contains(_NO_BLOCK, unknown=False)
         finally:
             self._health.end_trial()
-        if not self._loaded and self._health.healthy:
+        if self._listed_s is None and self._health.healthy:
             self._load()
 
     def _begin(self, work: Callable[[], None]) -> bool:
@@ -305,6 +312,7 @@ class Slot:
 
     def _load(self) -> None:
         """Enter what the tier holds into the books; a later trial does it if it fails now."""
+        begun_s = self._clock()
         try:
             with self.asked():
                 held = self.tier.entries()
@@ -317,4 +325,4 @@ class Slot:
             some = held[start : start + _LOADED_AT_ONCE]
             self.ledger.load((entry.key, entry.nbytes, entry.idle_s) for entry in some)
         self.loaded()
-        self._loaded = True
+        self._listed_s = begun_s

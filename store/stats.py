@@ -52,6 +52,8 @@ class TierStats:
     `evictions` made room, `expired` were not used for the time to live, `refused` were not written:
     for want of room, or because the tier failed. `pending_blocks` and `pending_nbytes` wait to be
     written back. The latencies are of looking a block up, of one read, and of writing one.
+    `listed_s`: for how many seconds the ledger has known what others put and deleted only where it
+    came across that; None until the tier was listed, 0 for memory of this process.
     """
 
     name: str
@@ -75,6 +77,7 @@ class TierStats:
     lookup_latency: Latency
     read_latency: Latency
     write_latency: Latency
+    listed_s: float | None
 
 
 @dataclass(frozen=True, slots=True)

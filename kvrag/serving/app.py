@@ -91,6 +91,7 @@ def create_app(engine: Engine, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastA
             running=queue.running,
             blending=BlendingBody.model_validate(asdict(engine.blending)),
             controller=ControllerBody.model_validate(asdict(engine.controller.estimates)),
+            owed_deletions=engine.owed_deletions,
             tiers=[TierBody.model_validate(asdict(tier)) for tier in engine.store.stats().tiers],
         )
 

@@ -433,6 +433,10 @@ class TierBody(_Reply):
     lookup_latency: LatencyBody
     read_latency: LatencyBody
     write_latency: LatencyBody
+    listed_s: float | None = Field(
+        description="Seconds since the tier was asked what it holds. Blocks of other processes are "
+        "counted as of then, but where this one came across them; null: it could not be asked yet."
+    )
 
 
 class Health(_Reply):
@@ -443,6 +447,9 @@ class Health(_Reply):
     running: int = Field(description="1 while the model works on a request.")
     blending: BlendingBody
     controller: ControllerBody
+    owed_deletions: int = Field(
+        description="Blocks of deleted documents that a tier could not delete yet."
+    )
     tiers: list[TierBody] = Field(description="Of the store, the fastest first.")
 
 

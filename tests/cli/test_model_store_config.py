@@ -137,7 +137,8 @@ def test_store_stat(kvrag, environment, monkeypatch):
     result = kvrag("store", "stat", "--json")
     assert result.code == 0
     facts = result.json
-    assert set(facts) == {"home", "namespace", "tiers", "quarantined", "catalog"}
+    names = {"home", "namespace", "tiers", "quarantined", "catalog", "owed_deletions"}
+    assert set(facts) == names
     assert [tier["name"] for tier in facts["tiers"]] == ["ram", "disk"]
     disk = facts["tiers"][1]
     assert (disk["blocks"], disk["nbytes"], disk["limit_bytes"]) == (0, 0, 5_000_000)
@@ -245,9 +246,12 @@ def test_store_stat_shows_redis_and_never_its_url(kvrag, monkeypatch, tmp_path):
         assert (redis["blocks"], redis["nbytes"]) == (disk["blocks"], disk["nbytes"])
         assert redis["blocks"] > 0
         assert (redis["healthy"], redis["durable"], redis["limit_bytes"]) == (True, False, None)
-    down = kvrag("store", "stat", "--json")
-    assert not down.json["tiers"][2]["healthy"]
-    shown += [down, kvrag("config", "show"), kvrag("config", "show", "--json")]
+    down = [kvrag("store", "stat", "--json"), kvrag("store", "stat")]
+    assert not down[0].json["tiers"][2]["healthy"]
+    assert [result.code for result in (*shown, *down)] == [0, 0, 1, 1]
+    assert all("tier redis was not looked at" in result.err for result in down)
+    assert "unknown" in down[1].out
+    shown += [*down, kvrag("config", "show"), kvrag("config", "show", "--json")]
     shown.append(kvrag("--verbose", "--set", "redis_url=redis://:s3cret@h:x", "store", "stat"))
     assert shown[-1].code == 2
     for result in shown:

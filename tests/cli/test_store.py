@@ -11,7 +11,7 @@ import pytest
 from kvrag.store.redis import RedisTier
 from tests.store.helpers import make_block, make_key
 
-from .homes import block_files, flip, put_orphan
+from .homes import TEXT, block_files, flip, put_orphan
 
 
 def test_ls(kvrag, home):
@@ -31,6 +31,19 @@ def test_ls(kvrag, home):
     assert facts["blocks"][0]["key"].split("/")[1][:16] in text
     other = kvrag("--set", "namespace=other", "store", "ls", "--json").json
     assert (other["total"], other["blocks"]) == (0, [])
+
+
+def test_encrypted_blocks_show_no_number_of_tokens(kvrag, environment, tmp_path, monkeypatch):
+    """They showed 0."""
+    pytest.importorskip("cryptography", reason="the extra encryption is not installed")
+    monkeypatch.setenv("KVRAG_ENCRYPTION_KEY", "0123456789abcdef" * 4)
+    (tmp_path / "karsk.txt").write_text(TEXT * 4)
+    assert kvrag("precompute", tmp_path / "karsk.txt").code == 0
+    monkeypatch.delenv("KVRAG_ENCRYPTION_KEY")
+    rows = kvrag("store", "ls", "--json").json["blocks"]
+    assert rows
+    assert {(row["kind"], row["tokens"]) for row in rows} == {("chunk", None)}
+    assert " 0 " not in kvrag("store", "ls").out.splitlines()[-1]
 
 
 def test_a_sound_store(kvrag, home):
@@ -181,6 +194,21 @@ def test_redis_is_looked_into(kvrag, home, server, monkeypatch):
     monkeypatch.setattr("kvrag.engine.Engine.open", lambda *_: pytest.fail("a model was opened"))
     assert kvrag("store", "verify", "--repair", "--json").json["repaired"] == 1
     assert kvrag("store", "verify", "--json").json["blocks"] == 2 * count
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("command", [("stat",), ("gc",), ("gc", "--dry-run"), ("verify",)])
+def test_a_redis_that_hangs_is_told_of_and_is_a_failure(kvrag, home, proxy, monkeypatch, command):
+    """`stat` and `gc` ended with 0, as if there were nothing in it."""
+    monkeypatch.setenv("KVRAG_REDIS_URL", proxy.url)
+    assert kvrag("store", *command).code == 0
+    proxy.deaf = True
+    result = kvrag("store", *command, "--json")
+    assert result.code == 1
+    assert "warning: tier redis was not" in result.err
+    assert result.json
+    proxy.deaf = False
+    assert kvrag("store", *command).code == 0
 
 
 @pytest.mark.redis

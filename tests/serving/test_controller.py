@@ -35,6 +35,8 @@ def test_reports_foresee_and_health_shows_how_well(url):
     assert (ram["name"], disk["name"]) == ("ram", "disk")
     assert ram["hits"] > 0
     assert sum(disk["write_latency"]["counts"]) > 0
+    assert (ram["listed_s"], disk["listed_s"] > 0) == (0, True)
+    assert content["owed_deletions"] == 0
 
 
 @pytest.mark.parametrize("options", [{"ratio": 0.4}, {"strategy": "reuse"}, {"strategy": "full"}])

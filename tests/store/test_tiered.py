@@ -942,3 +942,20 @@ def _until(holds):
 
 def _until_aside_ends():
     _until(lambda: not any(t.name == "kvrag-aside" for t in threading.enumerate()))
+
+
+def test_how_old_the_books_are_is_told(tmp_path):
+    """Their counts go stale while another process writes, and nobody could see how much."""
+    clock, root = FakeClock(), tmp_path / "root"
+    with TieredStore([TierSlot(RamTier()), TierSlot(DiskTier(root))], clock=clock) as store:
+        clock.now += 7
+        with DiskTier(root) as other:
+            other.put(make_key(0), make_block(0))
+        ram, disk = store.stats().tiers
+        assert (ram.listed_s, disk.listed_s, disk.blocks) == (0, 7, 0)
+        with store.open(make_key(0), fingerprint=FINGERPRINT, token_ids=token_ids(0)):
+            assert store.stats().tiers[1].blocks == 1
+    away = SlowTier()
+    away.down = True
+    with TieredStore([TierSlot(away)], clock=clock, aside=at_once) as store:
+        assert store.stats().tiers[0].listed_s is None

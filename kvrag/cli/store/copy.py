@@ -60,8 +60,8 @@ def copy(
         )
         if codec is None and one.home is not None:
             show(
-                "blocks alone: documents, chunks and the vector index are not copied (--codec takes "
-                "them along to a home)"
+                "blocks alone: documents, chunks and the vector index are not copied (--codec "
+                "takes them along to a home)"
             )
     if outcomes["damaged"]:
         raise typer.Exit(_EXIT_DAMAGED)

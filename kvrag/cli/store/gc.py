@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
-from kvrag.cli.common import JsonOption, format_bytes, print_json, settings_of, show
+from kvrag.cli.common import JsonOption, format_bytes, print_json, settings_of, show, warn
 
 __all__ = ["gc"]
+
+_EXIT_FAILED = 1
 
 
 def gc(
@@ -23,18 +25,20 @@ def gc(
     """Delete blocks that no corpus refers to, what crashes left half written, and the quarantine.
 
     On disk and in Redis, of all namespaces. Blocks of passages that requests brought are such, too:
-    they are computed again when they come again.
+    they are computed again when they come again. Exits with 1 if Redis could not be looked at.
     """
     from kvrag.upkeep.collecting import collect
 
     found = collect(settings_of(context), unused_s=unused_days * 86_400, dry_run=dry_run)
     if as_json:
         print_json(dataclasses.asdict(found) | {"deleted": not dry_run})
-        return
-    show(
-        f"{'would delete' if dry_run else 'deleted'} {found.orphans} blocks that no corpus refers "
-        f"to, {found.leftovers} half-written files and {found.quarantined} of the quarantine: "
-        f"{format_bytes(found.nbytes)}"
-    )
+    else:
+        show(
+            f"{'would delete' if dry_run else 'deleted'} {found.orphans} blocks that no corpus "
+            f"refers to, {found.leftovers} half-written files and {found.quarantined} of the "
+            f"quarantine: {format_bytes(found.nbytes)}"
+        )
     for tier, reason in found.unreachable.items():
-        show(f"{tier} was not looked at, or not to the end: {reason}")
+        warn(f"tier {tier} was not looked at, or not to the end: {reason}")
+    if found.unreachable:
+        raise typer.Exit(_EXIT_FAILED)

@@ -57,6 +57,7 @@ def _blocks(settings: Settings, name: str, limit: int) -> tuple[int, list[dict[s
     from kvrag.home import existing_home
     from kvrag.store.errors import BlockFormatError
     from kvrag.store.keys import KeyMaker
+    from kvrag.store.sealing import is_sealed
     from kvrag.store.secret import load_or_create_secret
     from kvrag.tiers import open_tier
 
@@ -75,6 +76,6 @@ def _blocks(settings: Settings, name: str, limit: int) -> tuple[int, list[dict[s
             if isinstance(header, BlockFormatError):
                 rows.append(row | {"kind": None, "tokens": None, "codec": str(header)})
             elif header is not None:
-                tokens = len(header.token_ids)
+                tokens = None if is_sealed(header) else len(header.token_ids)
                 rows.append(row | {"kind": header.kind, "tokens": tokens, "codec": header.codec})
         return len(held), rows
