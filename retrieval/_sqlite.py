@@ -82,6 +82,8 @@ CREATE TABLE owed_deletions (block_key TEXT PRIMARY KEY) WITHOUT ROWID;
 _STEPS = (_FIRST_SCHEMA, _NUMBERED_REFERENCES, _OWED_DELETIONS)
 SCHEMA_VERSION = len(_STEPS)
 
+_LOG_WAIT_MS = 50
+
 _SENTENCES = {
     sqlite3.SQLITE_BUSY: "is in use by another process; try again when it has finished",
     sqlite3.SQLITE_LOCKED: "is in use by another process; try again when it has finished",
@@ -123,11 +125,30 @@ def connect(path: Path, busy_timeout_s: float) -> sqlite3.Connection:
             _use_wal(db, busy_timeout_s)
             # A commit that was reported survives a power failure; an add costs far more than this.
             db.execute("PRAGMA synchronous = FULL")
+            # Deleted text is overwritten, not only forgotten.
+            db.execute("PRAGMA secure_delete = ON")
             _ensure_schema(db, path)
         except BaseException:
             db.close()
             raise
     return db
+
+
+def empty_log(db: sqlite3.Connection) -> bool:
+    """Move the write-ahead log into the database and empty its file: it holds what was deleted.
+
+    False if another process is in the way, for which nobody waits longer than `_LOG_WAIT_MS`, or
+    the disk fails.
+    """
+    (patience_ms,) = db.execute("PRAGMA busy_timeout").fetchone()
+    db.execute(f"PRAGMA busy_timeout = {_LOG_WAIT_MS}")
+    try:
+        busy, _, _ = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    except sqlite3.Error:
+        return False
+    finally:
+        db.execute(f"PRAGMA busy_timeout = {patience_ms}")
+    return not busy
 
 
 def write_backup(db: sqlite3.Connection, path: Path, *statements: str) -> None:

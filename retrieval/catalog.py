@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from ._sqlite import connect, translated, write_backup
+from ._sqlite import connect, empty_log, translated, write_backup
 from .documents import Document
 from .errors import CatalogError
 from .records import ChunkInput, Counts, DeletedDocument, StoredChunk, StoredDocument
@@ -54,6 +54,7 @@ class Catalog:
         self._db = db
         self._path = path
         self._lock = threading.RLock()
+        self._log_has_deleted = False
 
     @classmethod
     def open(cls, path: Path | str, *, busy_timeout_s: float = 30.0) -> Self:
@@ -143,6 +144,9 @@ class Catalog:
         The result names the block keys whose last reference went with it. Their deletion is owed
         from then on: whoever deletes those blocks does so after this returns, and then calls
         `settle_deletions`.
+
+        No file holds the text any more when this returns; or, where another process is reading or
+        writing at that instant, after one of the next writes, or when the last process closes.
         """
         doomed = (namespace, document_id)
         with self._writing() as db:
@@ -160,6 +164,7 @@ class Catalog:
             if deleted.rowcount == 0:
                 return None
             db.executemany("INSERT INTO owed_deletions VALUES (?) ON CONFLICT DO NOTHING", orphans)
+            self._log_has_deleted = True
             self._bump_generation(namespace)
         return DeletedDocument(tuple(chunk_ids), tuple(key for (key,) in orphans))
 
@@ -520,6 +525,8 @@ class Catalog:
                 if self._db.in_transaction:
                     self._db.rollback()
                 raise
+            if self._log_has_deleted:
+                self._log_has_deleted = not empty_log(self._db)
 
     def _rows(self, sql: str, values: tuple[object, ...]) -> list[Any]:
         with self._lock, translated(self._path):

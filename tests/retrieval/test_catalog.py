@@ -190,6 +190,56 @@ def test_delete_names_only_the_orphaned_blocks(catalog):
     assert catalog.document("other", make_document(1).id) is not None
 
 
+def holding(folder, text):
+    """Files in which the text can be read."""
+    return [path.name for path in sorted(folder.iterdir()) if text in path.read_bytes()]
+
+
+def secret_document(word):
+    """Larger than a page, so that it lies in a chain of them."""
+    text = f"{word} of Karsk is kept. " * 1000
+    return Document(text, title=f"the {word}"), [ChunkInput(f"the {word}", text, [1])]
+
+
+def add_secret(catalog, word):
+    document, chunks = secret_document(word)
+    catalog.add_document(
+        "default",
+        document,
+        chunks,
+        tokenizer=TOKENIZER,
+        vectors=unit_vectors(1, 1),
+        embedder=EMBEDDER,
+    )
+    return document.id
+
+
+def test_deleted_text_is_in_no_file_any_more(tmp_path):
+    """It stayed in the log, and in pages that nobody uses, while the catalog was open, and longer."""
+    with open_catalog(tmp_path) as catalog, open_catalog(tmp_path) as idle:
+        kept, gone = add_secret(catalog, "Lantern"), add_secret(catalog, "Harpoon")
+        assert holding(tmp_path, b"Harpoon")
+        assert catalog.delete_document("default", gone) is not None
+        assert holding(tmp_path, b"Harpoon") == []
+        assert holding(tmp_path, b"Lantern")
+        assert idle.document("default", kept) is not None
+        idle.delete_document("default", kept)
+        assert holding(tmp_path, b"Lantern") == []
+
+
+def test_deleted_text_goes_with_the_next_write_where_somebody_was_reading(tmp_path):
+    with open_catalog(tmp_path) as catalog:
+        gone = add_secret(catalog, "Harpoon")
+        with contextlib.closing(sqlite3.connect(catalog.path, isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM documents").fetchone()
+            assert catalog.delete_document("default", gone) is not None
+            assert holding(tmp_path, b"Harpoon")
+            reader.execute("COMMIT")
+        add(catalog, 1)
+        assert holding(tmp_path, b"Harpoon") == []
+
+
 def test_the_blocks_that_a_document_leaves_are_owed_until_they_are_settled(tmp_path):
     with open_catalog(tmp_path) as catalog:
         add(catalog, 1)
