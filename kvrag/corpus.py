@@ -148,6 +148,10 @@ class Corpus:
                     embedder.fingerprint,
                     embedder.dim,
                 )
+                if len(index) and not index.is_saved:
+                    # Else every process to come makes it anew, and what was deleted without an
+                    # engine stays in the file.
+                    index.save()
                 self._opened = (embedder, index)
             return self._opened
 

@@ -50,6 +50,7 @@ class VectorIndex:
         self._dim = dim
         self._lock = threading.RLock()
         self._generation = 0
+        self._saved: int | None = None  # the generation in the file
         self._index = self._empty()
 
     @classmethod
@@ -58,7 +59,7 @@ class VectorIndex:
     ) -> Self:
         """Load the file at `path` if it is this catalog's and up to date, else rebuild.
 
-        A rebuilt index is in memory only, until `save()`. Raises CatalogError if the catalog cannot
+        A rebuilt index is in memory only, until `save()`; `is_saved` tells. Raises CatalogError if the catalog cannot
         be read, MissingExtraError without FAISS, ValueError if the stored vectors have another dim.
         """
         if dim < 1:
@@ -70,8 +71,14 @@ class VectorIndex:
             index._rebuild()
         else:
             index._index = loaded
-            index._generation = generation
+            index._generation = index._saved = generation
         return index
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the file was, when it was last read or written, what the index is."""
+        with self._lock:
+            return self._saved == self._generation
 
     def __len__(self) -> int:
         with self._lock:
@@ -161,7 +168,9 @@ class VectorIndex:
         with self._lock:
             self.refresh()
             identity = self._identity(self._generation)
-            return write_index(self._faiss, self._index, self._path, identity, _log)
+            written = write_index(self._faiss, self._index, self._path, identity, _log)
+            self._saved = self._generation if written else None
+            return written
 
     def _candidates(
         self, query: npt.NDArray[np.float32], k: int

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import faiss
 import pytest
 
 from kvrag.retrieval.catalog import Catalog
@@ -57,6 +58,12 @@ def test_what_another_document_shares_is_kept(kvrag, two):
     assert len(block_files(two)) == other["num_chunks"]
     answer = kvrag("ask", "When does the ferry leave?", "--k", 1, "--json", "--max-tokens", 1)
     (source,) = answer.json["sources"]
+    # No vector of theirs is left in the file, which later processes need not make again.
+    (index,) = (two / "index").rglob("*.faiss")
+    assert faiss.read_index(str(index)).ntotal == other["num_chunks"]
+    written = index.stat().st_mtime_ns
+    assert kvrag("ask", "Who?", "--k", 1, "--max-tokens", 1).code == 0
+    assert index.stat().st_mtime_ns == written
     assert source["document"] == other["id"]
 
 

@@ -113,7 +113,11 @@ def rebuilt(catalog: Catalog, caplog) -> str:
 
 def test_saved_index_is_loaded(catalog, caplog):
     assert "there is no index" in rebuilt(catalog, caplog)
-    assert open_index(catalog).save()
+    index = open_index(catalog)
+    assert not index.is_saved
+    assert index.save()
+    assert index.is_saved
+    assert open_index(catalog).is_saved
     assert rebuilt(catalog, caplog) == ""
     assert not list(catalog.path.parent.glob(".*.partial"))
 
