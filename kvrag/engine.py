@@ -135,6 +135,7 @@ class Engine:
             self._catalog = Catalog.open(home.catalog)
             self._codec = self._opened_codec()
             self._references = References(self._catalog, self.store)
+            self.store.shrink()  # from here on it is known what must stay
             self._layout = self._fixed_layout(settings.instruction)
             #: Of the passages that requests bring, behind the prompt's own prefix.
             self.passage_blocks = self._blocks(self._layout.prefix_ids, self._context_text)

@@ -59,8 +59,9 @@ class VectorIndex:
     ) -> Self:
         """Load the file at `path` if it is this catalog's and up to date, else rebuild.
 
-        A rebuilt index is in memory only, until `save()`; `is_saved` tells. Raises CatalogError if the catalog cannot
-        be read, MissingExtraError without FAISS, ValueError if the stored vectors have another dim.
+        A rebuilt index is in memory only, until `save()`; `is_saved` tells. Raises CatalogError if
+        the catalog cannot be read, MissingExtraError without FAISS, ValueError if the stored
+        vectors have another dim.
         """
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")

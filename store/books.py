@@ -66,12 +66,16 @@ class Books:
                 if victim is None:
                     self._restore_locked(victims)
                     return None
-                pool = pool_of(victim)
-                pool.leave(victim)
-                del self._entries[victim.packed]
-                self._charge_locked(pool.tag, -victim.nbytes)
-                victims[unpacked(victim.packed)] = victim
+                self._take_locked(victim, victims)
         return victims
+
+    def _take_locked(self, victim: Entry, victims: dict[BlockKey, Entry]) -> None:
+        """Out of the books, and among those that are to be deleted."""
+        pool = pool_of(victim)
+        pool.leave(victim)
+        del self._entries[victim.packed]
+        self._charge_locked(pool.tag, -victim.nbytes)
+        victims[unpacked(victim.packed)] = victim
 
     def _choose_locked(
         self, tag: str | None, over: float, standing: Standing, excluded: bytes

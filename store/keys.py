@@ -20,7 +20,7 @@ from .errors import InvalidKeyError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["KINDS", "BlockKey", "KeyMaker", "packed", "unpacked"]
+__all__ = ["KINDS", "NO_BLOCK", "BlockKey", "KeyMaker", "packed", "unpacked"]
 
 KINDS = ("chunk", "fragment", "swap", "vectors")
 
@@ -58,6 +58,10 @@ class BlockKey:
         if not isinstance(text, str) or text.count("/") != 1:
             raise InvalidKeyError(f"a key is written tag/digest, got {text!r:.150}")
         return cls(*text.split("/"))
+
+
+#: The key of no block, for asking whether a tier answers and the like.
+NO_BLOCK = BlockKey("0" * 32, "0" * 64)
 
 
 def packed(key: BlockKey) -> bytes:

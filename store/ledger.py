@@ -1,9 +1,11 @@
 """The books of one tier: which blocks it holds, how many bytes, whose, and which may go.
 
     reserve(key, nbytes) -> Reservation | None   room for a write; names the victims to delete
+    shed() -> Reservation | None                 for no write: names one block beyond the limits
         evicted(reservation, victim)               one victim is deleted
         commit(reservation)                        the write landed
-        abort(reservation)                         it did not; victims not deleted are back
+        abort(reservation)                         it did not, or there was none to come; victims
+                                                   not deleted are back
     pin(key) -> Receipt | None, unpin(receipt)   a pinned block is no victim
     stand(key, standing)                         nor is one that is kept
     touch(key), remove(key), adopt(key, nbytes)
@@ -12,8 +14,8 @@
 
 The ledger moves no bytes: who asks deletes and writes, and no lock is held meanwhile. `used_nbytes`
 is at every instant the sum of the entries and the open reservations, and never above the limit; but
-a ledger that starts with more than the limit (it was lowered) keeps it until room is needed, since
-only then is it known what must stay. The same holds for the quota of each namespace. At most one
+a ledger that starts with more than the limit (it was lowered) keeps it until room is needed, or who
+knows what must stay sheds it. The same holds for the quota of each namespace. At most one
 reservation a key is open at a time; the caller sees to it.
 
 Who exceeds the quota makes room from blocks of the same namespace alone. A reserved share of the
@@ -30,7 +32,7 @@ from typing import TYPE_CHECKING
 from .books import Books, pool_of
 from .entries import Entry, Standing
 from .eviction import Lru, Policy
-from .keys import BlockKey, packed, unpacked
+from .keys import NO_BLOCK, BlockKey, packed, unpacked
 from .limits import Limits
 
 if TYPE_CHECKING:
@@ -146,6 +148,28 @@ class Ledger(Books):
             if present is not None:
                 present.pins += 1  # the copy being replaced is nobody's victim
             return reservation
+
+    def shed(self) -> Reservation | None:
+        """One victim of a namespace, or of a tier, that holds more than its limit.
+
+        None if none does, or what does has nothing to give up, or one is open already. End it by
+        `abort`.
+        """
+        quota = self.limits.namespace_nbytes
+        with self._lock:
+            if NO_BLOCK in self._reserved:
+                return None
+            over = [] if quota is None else [tag for tag, n in self._used.items() if n > quota]
+            tags = [*over, None] if self._over("", 0)[1] > 0 else over
+            for tag in tags:
+                victim = self._choose_locked(tag, 0, Standing.CORPUS, b"")
+                if victim is not None:
+                    reservation = Reservation(NO_BLOCK, 0, 0, 0)
+                    self._reserved[NO_BLOCK] = reservation
+                    self._take_locked(victim, reservation._leaving)
+                    self._leaving.update(reservation._leaving)
+                    return reservation
+            return None
 
     def refusal(self, key: BlockKey, nbytes: int) -> str:
         """Why there is no room, as a sentence."""

@@ -15,8 +15,8 @@ from .admission import SecondUse
 from .errors import BlockFormatError, TierError, TierFullError
 from .eviction import Lru, Policy
 from .health import Clock, Health
-from .keys import BlockKey
-from .ledger import Ledger, Limits, Standing
+from .keys import NO_BLOCK, BlockKey
+from .ledger import Ledger, Limits, Reservation, Standing
 from .stats import LatencyCounter, TierStats
 from .tier import Tier
 
@@ -38,9 +38,6 @@ Aside = Callable[[Callable[[], None]], None]
 
 #: Entries that the books take while nobody else can look into them.
 _LOADED_AT_ONCE = 1000
-
-#: Asked for to see whether a tier answers.
-_NO_BLOCK = BlockKey("0" * 32, "0" * 64)
 
 
 def aside(work: Callable[[], None]) -> None:
@@ -208,6 +205,27 @@ class Slot:
         self.ledger.remove(key)
         self.count(expired=1)
 
+    def shrink(self) -> None:
+        """Delete what the limits have no room for, but for what must stay. Raises no `TierError`.
+
+        One block after another, so that nobody waits for more than that.
+        """
+        while not self._closed and (reservation := self.ledger.shed()) is not None:
+            try:
+                self.require_usable()
+                self._evict(reservation)
+            except TierError:
+                return
+            finally:
+                self.ledger.abort(reservation)
+
+    def _evict(self, reservation: Reservation) -> None:
+        for victim in reservation.victims:
+            with self.asked():
+                self.tier.delete(victim)
+            self.ledger.evicted(reservation, victim)
+            self.count(evictions=1)
+
     def _lets_in(self, key: BlockKey, standing: Standing) -> bool:
         if self._second_use is None or key in self.ledger:
             return True
@@ -226,11 +244,7 @@ class Slot:
         if reservation is None:
             return Refused(self.ledger.refusal(key, nbytes))
         try:
-            for victim in reservation.victims:
-                with self.asked():
-                    self.tier.delete(victim)
-                self.ledger.evicted(reservation, victim)
-                self.count(evictions=1)
+            self._evict(reservation)
             with self.asked("write"):
                 self.tier.put(key, block)
         except TierError as exc:
@@ -295,7 +309,7 @@ class Slot:
 
     def _try(self) -> None:
         try:
-            self.contains(_NO_BLOCK, unknown=False)
+            self.contains(NO_BLOCK, unknown=False)
         finally:
             self._health.end_trial()
         if self._listed_s is None and self._health.healthy:

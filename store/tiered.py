@@ -9,12 +9,13 @@ It owns admission, promotion, writing back, eviction, expiry, shared loading, pi
 tier that fails is logged, counted and bypassed, and comes back when it recovers: reading and
 writing blocks never raise because of one. It knows nothing of models and prompts.
 
-Call `protect` with what the corpus refers to before anything is put: a tier that starts above its
-limit evicts at the next admission.
+Call `protect` with what the corpus refers to before anything is put or `shrink` is called: a tier
+that starts above its limit evicts at the next admission, or then.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Self
@@ -49,6 +50,7 @@ __all__ = [
     "at_once",
 ]
 
+_log = logging.getLogger(__name__)
 
 #: How often a put looks for blocks whose time to live has passed.
 _EXPIRY_INTERVAL_S = 1.0
@@ -84,7 +86,7 @@ class TieredStore:
             write_back_nbytes=write_back_nbytes,
             write_back_pauses_s=write_back_pauses_s,
         )
-        self._clock = clock
+        self._clock, self._aside = clock, aside
         self._next_expiry_s = clock()
         self._lock = threading.Lock()
         self._loadings: dict[BlockKey, Loading] = {}
@@ -232,6 +234,18 @@ class TieredStore:
     def unprotect(self, keys: Iterable[BlockKey]) -> None:
         """Undo `protect`."""
         self._placement.unprotect(keys)
+
+    def shrink(self) -> None:
+        """Delete, aside, what durable tiers hold beyond their limits, which were lowered perhaps.
+
+        What must stay stays. Others make room when something is put.
+        """
+        for slot in self._placement.slots:
+            if slot.durable:
+                try:
+                    self._aside(slot.shrink)
+                except RuntimeError as exc:  # no thread is to be had: a put will do it
+                    _log.warning("tier %s may stay above its limit for now: %s", slot.name, exc)
 
     def stats(self) -> StoreStats:
         """Counters and sizes of every tier."""

@@ -34,10 +34,10 @@ def ls(
     settings = settings_of(context)
     total, found = list_documents(settings, limit=limit, offset=offset)
     if as_json:
-        documents = [dataclasses.asdict(document) for document in found]
-        for document in documents:
-            del document["namespace"]
-        print_json({"namespace": settings.namespace, "total": total, "documents": documents})
+        rows = [dataclasses.asdict(document) for document in found]
+        for row in rows:
+            del row["namespace"]  # that of all, said once
+        print_json({"namespace": settings.namespace, "total": total, "documents": rows})
         return
     title = f"{len(found)} of {total} documents of {settings.namespace}"
     table = plain_table("id", "title", "source", "chunks", "added", title=title)

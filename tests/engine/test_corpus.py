@@ -169,6 +169,18 @@ def test_a_corpus_block_outlives_any_number_of_passages(opened, tmp_path):
         assert engine.complete().chunks_stored_before == 3
 
 
+def test_disk_bytes_that_were_lowered_hold_from_the_start(opened, tmp_path):
+    with opened() as engine:
+        engine.add(DOCUMENTS)
+        size = engine.stats().tiers[1].nbytes
+        for n in range(6):
+            engine.answer("Why?", passages=[f"Passage {n} of no account at all."], max_tokens=1)
+        assert len(files(tmp_path)) == 9
+    with opened(disk_bytes=size) as engine:
+        wait_until(lambda: len(files(tmp_path)) == 3)
+        assert engine.complete().chunks_stored_before == 3
+
+
 def test_a_lost_or_damaged_corpus_block_is_computed_again(opened, tmp_path):
     with opened() as engine:
         engine.add(DOCUMENTS)

@@ -215,7 +215,7 @@ def add_secret(catalog, word):
 
 
 def test_deleted_text_is_in_no_file_any_more(tmp_path):
-    """It stayed in the log, and in pages that nobody uses, while the catalog was open, and longer."""
+    """It stayed in the log while the catalog was open, and in unused pages for good."""
     with open_catalog(tmp_path) as catalog, open_catalog(tmp_path) as idle:
         kept, gone = add_secret(catalog, "Lantern"), add_secret(catalog, "Harpoon")
         assert holding(tmp_path, b"Harpoon")

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from kvrag.store.ledger import Ledger, Standing
+from kvrag.store.ledger import Ledger, Limits, Standing
 
 from .helpers import make_key
 
@@ -173,6 +173,39 @@ def test_a_lowered_limit_is_honoured_by_the_next_admission():
     ledger.stand(A, Standing.PASSING)
     assert set(write(ledger, D, 1)) == {A, B, C}
     assert ledger.used_nbytes == 1
+
+
+def test_a_lowered_limit_is_honoured_by_shedding_what_may_go():
+    ledger = filled(15, A=10, B=10, C=10, D=10)
+    ledger.stand(A, Standing.KEPT)
+    receipt = ledger.pin(B)
+    one = ledger.shed()
+    assert one.victims == (C,)
+    assert ledger.shed() is None  # one at a time
+    ledger.abort(one)  # the tier failed: it is back
+    assert ledger.used_nbytes == 40
+    for expected in (C, D):
+        one = ledger.shed()
+        assert one.victims == (expected,)
+        ledger.evicted(one, expected)
+        ledger.abort(one)
+    assert ledger.shed() is None  # what is left above the limit must stay
+    ledger.unpin(receipt)
+    one = ledger.shed()
+    ledger.evicted(one, B)
+    ledger.abort(one)
+    assert (ledger.shed(), ledger.used_nbytes) == (None, 10)
+
+
+def test_a_lowered_quota_takes_from_who_exceeds_it():
+    ledger = Ledger(Limits(namespace_nbytes=15))
+    ours, theirs = [make_key(name, "a" * 32) for name in range(2)], make_key(0, "b" * 32)
+    ledger.load([(key, 10, 0.0) for key in (theirs, *ours)])
+    one = ledger.shed()
+    assert one.victims == (ours[0],)
+    ledger.evicted(one, ours[0])
+    ledger.abort(one)
+    assert ledger.shed() is None
 
 
 def test_a_victim_cannot_be_written_before_it_is_deleted():

@@ -959,3 +959,33 @@ def test_how_old_the_books_are_is_told(tmp_path):
     away.down = True
     with TieredStore([TierSlot(away)], clock=clock, aside=at_once) as store:
         assert store.stats().tiers[0].listed_s is None
+
+
+def test_a_limit_that_was_lowered_is_enforced_at_the_start(tmp_path, clock):
+    """Nothing went until something was put, which on a server of questions alone may be never."""
+    with DiskTier(tmp_path) as disk:
+        for name in range(6):
+            disk.put(make_key(name), make_block(name))
+    slots = [TierSlot(RamTier()), TierSlot(DiskTier(tmp_path), 3 * SIZE)]
+    with TieredStore(slots, clock=clock, aside=at_once) as store:
+        store.protect([make_key(0), make_key(1)])
+        assert store.stats().tiers[1].blocks == 6
+        store.shrink()
+        told = store.stats().tiers[1]
+        assert (told.blocks, told.nbytes, told.evictions) == (3, 3 * SIZE, 3)
+    with DiskTier(tmp_path) as disk:
+        assert set(disk.keys()) > {make_key(0), make_key(1)}
+    with TieredStore([TierSlot(DiskTier(tmp_path), SIZE)], clock=clock, aside=at_once) as store:
+        store.protect([make_key(0), make_key(1)])
+        store.shrink()
+        assert set(store.keys()) == {make_key(0), make_key(1)}, "the last durable copies stay"
+
+
+def test_a_tier_that_fails_while_it_shrinks_keeps_its_books(slow, clock):
+    for name in range(3):
+        slow.put(make_key(name), make_block(name))
+    with TieredStore([TierSlot(slow, SIZE)], clock=clock, aside=at_once) as store:
+        slow.down = True
+        store.shrink()
+        told = of(store, "slow")
+        assert (told.blocks, told.healthy) == (3, False)
