@@ -10,7 +10,6 @@ by name.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import operator
@@ -26,7 +25,6 @@ import torch
 from kvrag.answer import Answer
 from kvrag.blending import Blending
 from kvrag.blocks import (
-    DEFAULT_CONTEXT,
     ChunkBlocks,
     PlacedBlocks,
     SingleFlight,
@@ -37,6 +35,7 @@ from kvrag.config import Settings
 from kvrag.corpus import Corpus
 from kvrag.encoded_texts import EncodedTexts
 from kvrag.errors import ClosedError, InputError, PromptTooLongError, SettingsError
+from kvrag.fixed import Fixed
 from kvrag.fusion import FusionStrategy, Prompt, create
 from kvrag.fusion.controller import Controller
 from kvrag.fusion.device import DeviceCache, DeviceLoading
@@ -48,15 +47,15 @@ from kvrag.home import Home
 from kvrag.kernels.native import NativeUnpack
 from kvrag.models.forward import extend
 from kvrag.models.source import Model, open_model
+from kvrag.opened_corpus import Opened, OpenedCorpus
 from kvrag.passages import Passage, passage_chunks
 from kvrag.precompute.job import PrecomputeJob, Progress
 from kvrag.prefill import Prefill, Prefilled
-from kvrag.prompting import PromptLayout
 from kvrag.references import References
 from kvrag.retrieval.catalog import Catalog, Counts, StoredDocument
 from kvrag.retrieval.documents import Document
 from kvrag.retrieval.loaders import Skipped
-from kvrag.retriever import KVRetriever, RetrievedChunk
+from kvrag.retriever import RetrievedChunk
 from kvrag.store.claims import Claims
 from kvrag.store.codecs import Codec, codec
 from kvrag.store.keys import KeyMaker
@@ -71,9 +70,6 @@ __all__ = ["Engine"]
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
-
-#: Catalog settings that hold what a corpus's chunks are computed behind: the system text, passages.
-_CORPUS_INSTRUCTION, _CORPUS_CONTEXT = "corpus_instruction", "corpus_context"
 
 
 class Engine:
@@ -128,17 +124,17 @@ class Engine:
         self.store = TieredStore(tier_slots(settings, sealer))
         self._flights = SingleFlight(Claims(home.claims))
         self._lock = threading.RLock()
-        self._corpus: tuple[Corpus, PlacedBlocks, KVRetriever] | None = None
-        self._corpus_made = False
         self._closed = False
         try:
             self._catalog = Catalog.open(home.catalog)
+            self._fixed = Fixed(self._catalog, settings, self.model.tokenizer)
             self._codec = self._opened_codec()
             self._references = References(self._catalog, self.store)
             self.store.shrink()  # from here on it is known what must stay
-            self._layout = self._fixed_layout(settings.instruction)
+            self._layout = self._fixed.layout(settings.instruction)
             #: Of the passages that requests bring, behind the prompt's own prefix.
-            self.passage_blocks = self._blocks(self._layout.prefix_ids, self._context_text)
+            self.passage_blocks = self._blocks(self._layout.prefix_ids, self._fixed.context)
+            self._corpus = self._new_corpus()
         except BaseException:
             self.store.close()
             raise
@@ -420,8 +416,7 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
-            if self._corpus is not None:
-                self._corpus[2].close()
+            self._corpus.close()
             if self.device_cache is not None:
                 self.device_cache.clear()
             self._kv_memory.close()
@@ -451,21 +446,6 @@ class Engine:
 
         return given_up
 
-    def _fixed_layout(self, instruction: str) -> PromptLayout:
-        """The layout as this home first rendered it: a template may write the date.
-
-        The prefix is part of every block key, so a new day must not make all blocks strangers.
-        """
-        tokenizer = self.model.tokenizer
-        digest = hashlib.blake2b(instruction.encode(), digest_size=16).hexdigest()
-        return PromptLayout.loads(
-            self._first_setting(
-                f"layout {tokenizer.digest} {tokenizer.template_digest} {digest}",
-                lambda: PromptLayout.of(tokenizer, instruction).dumps(),
-            ),
-            tokenizer,
-        )
-
     def _opened_codec(self) -> Codec:
         """Where a codec is calibrated, as the first who opened it with this model had it."""
         name, model = self.settings.codec, self.model
@@ -473,23 +453,10 @@ class Engine:
         unpack = None if native is None else NativeUnpack(native)
         if name != "int4":
             return codec(name, unpack=unpack)
-        calibrated = self._first_setting(
+        calibrated = self._fixed.first(
             f"codec {name} {model.fingerprint}", lambda: json.dumps(fine_channels(model))
         )
         return codec(name, fine=json.loads(calibrated), unpack=unpack)
-
-    def _first_setting(self, name: str, make: Callable[[], str]) -> str:
-        """A setting of the home that the first who needs it fixes for all."""
-        namespace = self.settings.namespace
-        stored = self._catalog.setting(namespace, name)
-        if stored is not None:
-            return stored
-        return self._catalog.set_setting(namespace, name, make(), overwrite=False)
-
-    @property
-    def _context_text(self) -> str:
-        given = self.settings.corpus_context
-        return DEFAULT_CONTEXT if given is None else given
 
     def _blocks(self, prefix_ids: Sequence[int], context: str) -> PlacedBlocks:
         """Blocks of chunks as a prompt's first, and behind `context`."""
@@ -510,51 +477,13 @@ class Engine:
             flights=self._flights,
         )
 
-    def _open_corpus(self) -> tuple[Corpus, PlacedBlocks, KVRetriever]:
-        """The corpus, behind what its maker fixed; until it is made, behind what settings say."""
+    def _open_corpus(self) -> Opened:
         self._check_open()
-        with self._lock:
-            opened = self._corpus
-            if opened is None or not self._corpus_made:
-                # The instruction is written last: where there is one, the rest is there.
-                made_with = self._catalog.setting(self.settings.namespace, _CORPUS_INSTRUCTION)
-                if opened is None or made_with is not None:
-                    opened = self._corpus = self._corpus_behind(made_with, opened)
-                    self._corpus_made = made_with is not None
-            return opened
+        return self._corpus.get()
 
-    def _corpus_behind(
-        self, made_with: str | None, opened: tuple[Corpus, PlacedBlocks, KVRetriever] | None
-    ) -> tuple[Corpus, PlacedBlocks, KVRetriever]:
-        """`opened`, if its blocks are those of a corpus that was made with this instruction."""
-        settings, context = self.settings, self._corpus_context(made_with)
-        if made_with is not None and context != self._context_text:
-            _log.warning(
-                "the corpus in %s keeps the corpus_context that it was made with, which is not the "
-                "setting's; another home or namespace takes that",
-                settings.home,
-            )
-        layout = self._fixed_layout(made_with or settings.instruction)
-        blocks = self._blocks(layout.prefix_ids, context)
-        if opened is None:
-            corpus = self._new_corpus()
-        elif opened[1].prefixes == blocks.prefixes:
-            return opened
-        else:
-            corpus = opened[0]
-            opened[2].close()
-        return corpus, blocks, KVRetriever(corpus, blocks, self.store.locate)
-
-    def _corpus_context(self, made_with: str | None) -> str:
-        """A corpus that has its instruction and no context was made when none was known."""
-        stored = self._catalog.setting(self.settings.namespace, _CORPUS_CONTEXT)
-        if stored is not None:
-            return stored
-        return self._context_text if made_with is None else ""
-
-    def _new_corpus(self) -> Corpus:
+    def _new_corpus(self) -> OpenedCorpus:
         settings = self.settings
-        return Corpus(
+        corpus = Corpus(
             self._catalog,
             self._home.index,
             self.model.tokenizer,
@@ -562,6 +491,7 @@ class Engine:
             embedder=settings.embedder,
             chunk_tokens=settings.chunk_tokens,
         )
+        return OpenedCorpus(settings, corpus, self._fixed, self.store, self._blocks)
 
     def _strategy(
         self, strategy: str | FusionStrategy | None, ratio: float | None
@@ -586,10 +516,7 @@ class Engine:
 
     def _job(self) -> PrecomputeJob:
         self._check_open()
-        # What chunks are computed behind is fixed by whoever makes the corpus.
-        made_with = self._catalog.setting(self.settings.namespace, _CORPUS_INSTRUCTION)
-        self._first_setting(_CORPUS_CONTEXT, lambda: self._corpus_context(made_with))
-        self._first_setting(_CORPUS_INSTRUCTION, lambda: self.settings.instruction)
+        self._fixed.make_corpus()
         corpus, blocks, _ = self._open_corpus()
         kinds = partial(blocks.kinds, first=self.settings.first_blocks)
         return PrecomputeJob(corpus, kinds, self._references, self.store.holds_durably)
@@ -636,7 +563,7 @@ class Engine:
         prefix_ids = (*tokenizer.bos_ids, *tokenizer.encode(text))
         if not prefix_ids:
             raise InputError("the corpus prefix is empty, and the model has no token to begin with")
-        return self._prefill(self._blocks(prefix_ids, self._context_text))
+        return self._prefill(self._blocks(prefix_ids, self._fixed.context))
 
     def _prefill(self, blocks: PlacedBlocks) -> Prefill:
         return Prefill(
