@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import json
 import random
-import sqlite3
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ._sqlite import connect, empty_log, translated, write_backup
+from ._block_refs import BlockRefs
+from ._catalog_file import BATCH_ROWS, check_name
+from ._sqlite import translated, write_backup
 from .documents import Document
 from .errors import CatalogError
 from .records import ChunkInput, Counts, DeletedDocument, StoredChunk, StoredDocument
@@ -36,49 +35,16 @@ __all__ = [
 
 _TOKEN_DTYPE = np.dtype("<u4")
 _VECTOR_DTYPE = np.dtype("<f4")
-_BATCH_ROWS = 512  # also under SQLite's oldest limit of 999 values in a statement
-_LONGEST_NAME = 512
 _LARGEST_STEP = 1 << 20
 
 
-class Catalog:
+class Catalog(BlockRefs):
     """Thread-safe: one connection behind one lock, held for one statement or transaction.
 
     Several processes may have the same file open; a writer waits `busy_timeout_s` for another.
     Iterators fetch in batches by key, hold nothing between batches, and see concurrent changes.
     Anything SQLite reports, and any use after `close()`, is a CatalogError.
     """
-
-    def __init__(self, db: sqlite3.Connection, path: Path) -> None:
-        """Use `Catalog.open`."""
-        self._db = db
-        self._path = path
-        self._lock = threading.RLock()
-        self._log_has_deleted = False
-
-    @classmethod
-    def open(cls, path: Path | str, *, busy_timeout_s: float = 30.0) -> Self:
-        """Open the catalog at `path`, creating file and folder if needed.
-
-        Raises CatalogError for a file that is damaged, foreign, or of a newer schema.
-        """
-        return cls(connect(Path(path), busy_timeout_s), Path(path))
-
-    def close(self) -> None:
-        """Close the file; a second time does nothing."""
-        with self._lock, translated(self._path):
-            self._db.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    @property
-    def path(self) -> Path:
-        """Where the catalog is."""
-        return self._path
 
     @property
     def identity(self) -> str:
@@ -102,7 +68,7 @@ class Catalog:
         vectors: (len(chunks), dim) float32, finite; dim the same for every use of `embedder` in
         the namespace. Raises ValueError for inputs that do not line up.
         """
-        _check_name("namespace", namespace)
+        check_name("namespace", namespace)
         matrix = _checked_vectors(vectors, len(chunks))
         if not chunks:
             raise ValueError("a document has at least one chunk")
@@ -300,13 +266,13 @@ class Catalog:
                 "SELECT chunk_id FROM vectors "
                 "WHERE namespace = ? AND embedder = ? AND chunk_id > ? ORDER BY chunk_id LIMIT ?",
                 (namespace, embedder),
-                batch_rows=16 * _BATCH_ROWS,
+                batch_rows=16 * BATCH_ROWS,
             )
         ]
         return np.array(ids, dtype=np.int64)
 
     def iter_vectors(
-        self, namespace: str, embedder: str, *, batch_rows: int = _BATCH_ROWS
+        self, namespace: str, embedder: str, *, batch_rows: int = BATCH_ROWS
     ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
         """Yield `(ids (n,) int64 ascending, matrix (n, dim) float32)`, n at most `batch_rows`."""
         after = 0
@@ -330,100 +296,6 @@ class Catalog:
         ):
             yield chunk_id
 
-    # ---- references to blocks -----------------------------------------------------------------
-
-    def add_block_ref(self, key: str, chunk_id: int, scope: str) -> bool:
-        """Note that block `key` holds the KV of a chunk in `scope`; noted already is fine.
-
-        scope: what makes blocks of one chunk differ (model, codec, corpus prefix), as one text.
-        False if the chunk is gone: nothing then refers to the block, and its writer deletes it.
-        """
-        _check_name("block key", key)
-        known = self._rows(
-            "SELECT 1 FROM block_refs WHERE chunk_id = ? AND scope = ? AND block_key = ?",
-            (int(chunk_id), scope, key),
-        )
-        if known:  # the common case of a query, which must not wait for a writer
-            return True
-        with self._writing() as db:
-            exists = db.execute("SELECT namespace FROM chunks WHERE id = ?", (int(chunk_id),))
-            row = exists.fetchone()
-            if row is None:
-                return False
-            db.execute(
-                "INSERT INTO block_refs (chunk_id, namespace, scope, block_key) "
-                "VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
-                (int(chunk_id), row[0], scope, key),
-            )
-            db.execute("DELETE FROM owed_deletions WHERE block_key = ?", (key,))
-        return True
-
-    def forget_block(self, key: str) -> int:
-        """Drop all references to a block that the store lost; returns how many there were."""
-        with self._writing() as db:
-            return db.execute("DELETE FROM block_refs WHERE block_key = ?", (key,)).rowcount
-
-    def block_keys(self) -> Iterator[str]:
-        """Yield every key that some chunk refers to, once, ascending."""
-        after = ""
-        while rows := self._rows(
-            "SELECT DISTINCT block_key FROM block_refs WHERE block_key > ? "
-            "ORDER BY block_key LIMIT ?",
-            (after, _BATCH_ROWS),
-        ):
-            after = rows[-1][0]
-            yield from (key for (key,) in rows)
-
-    def block_chunks(self, key: str) -> list[int]:
-        """The ids of the chunks that refer to a block, ascending."""
-        rows = self._rows(
-            "SELECT DISTINCT chunk_id FROM block_refs WHERE block_key = ? ORDER BY 1", (key,)
-        )
-        return [chunk_id for (chunk_id,) in rows]
-
-    def block_refs_above(self, number: int) -> Iterator[tuple[int, str]]:
-        """Yield (number, block key) of the references noted later than that one, ascending.
-
-        Numbers grow, and none is given twice; 0 is before all. A key comes as often as it was
-        referred to.
-        """
-        yield from self._pages(
-            "SELECT id, block_key FROM block_refs WHERE id > ? ORDER BY id LIMIT ?",
-            (),
-            after=number,
-        )
-
-    def owed_deletions(self) -> Iterator[str]:
-        """Yield the keys of blocks that documents left behind and that may lie somewhere still."""
-        after = ""
-        while rows := self._rows(
-            "SELECT block_key FROM owed_deletions WHERE block_key > ? ORDER BY block_key LIMIT ?",
-            (after, _BATCH_ROWS),
-        ):
-            after = rows[-1][0]
-            yield from (key for (key,) in rows)
-
-    def num_owed_deletions(self) -> int:
-        """How many blocks `owed_deletions` names."""
-        return int(self._rows("SELECT count(*) FROM owed_deletions", ())[0][0])
-
-    def settle_deletions(self, keys: Sequence[str]) -> None:
-        """The blocks are deleted wherever they lay."""
-        with self._writing() as db:
-            db.executemany(
-                "DELETE FROM owed_deletions WHERE block_key = ?", [(key,) for key in keys]
-            )
-
-    def chunks_without_block(self, namespace: str, scope: str) -> Iterator[int]:
-        """Yield the ids of chunks that have no block in `scope`, ascending."""
-        for (chunk_id,) in self._pages(
-            "SELECT id FROM chunks c WHERE namespace = ? AND NOT EXISTS ("
-            "  SELECT 1 FROM block_refs r WHERE r.chunk_id = c.id AND r.scope = ?"
-            ") AND id > ? ORDER BY id LIMIT ?",
-            (namespace, scope),
-        ):
-            yield chunk_id
-
     # ---- settings and numbers -----------------------------------------------------------------
 
     def setting(self, namespace: str, key: str) -> str | None:
@@ -439,8 +311,8 @@ class Catalog:
         With `overwrite=False` the first writer wins, also among processes: so is a corpus prefix
         fixed once.
         """
-        _check_name("namespace", namespace)
-        _check_name("setting key", key)
+        check_name("namespace", namespace)
+        check_name("setting key", key)
         clash = "DO UPDATE SET value = excluded.value" if overwrite else "DO NOTHING"
         with self._writing() as db:
             db.execute(
@@ -511,47 +383,6 @@ class Catalog:
 
     # ---- helpers ------------------------------------------------------------------------------
 
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, committed at the end of the block, rolled back by any exception."""
-        with self._lock, translated(self._path):
-            # IMMEDIATE waits for the writer's lock now; a read that upgrades later may not wait.
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                # A full disk may have rolled back already.
-                if self._db.in_transaction:
-                    self._db.rollback()
-                raise
-            if self._log_has_deleted:
-                self._log_has_deleted = not empty_log(self._db)
-
-    def _rows(self, sql: str, values: tuple[object, ...]) -> list[Any]:
-        with self._lock, translated(self._path):
-            return self._db.execute(sql, values).fetchall()
-
-    def _rows_of_ids(self, sql: str, ids: Sequence[int], *values: object) -> Iterator[Any]:
-        """Rows of `sql`, whose `{ids}` stands for the ids of one batch."""
-        for first in range(0, len(ids), _BATCH_ROWS):
-            batch = [int(chunk_id) for chunk_id in ids[first : first + _BATCH_ROWS]]
-            marks = ",".join("?" * len(batch))
-            yield from self._rows(sql.format(ids=marks), (*values, *batch))
-
-    def _pages(
-        self,
-        sql: str,
-        values: tuple[object, ...],
-        *,
-        after: int = 0,
-        batch_rows: int = _BATCH_ROWS,
-    ) -> Iterator[Any]:
-        """Rows of `sql`, whose last two values are "id greater than" and "at most"."""
-        while rows := self._rows(sql, (*values, after, batch_rows)):
-            after = rows[-1][0]
-            yield from rows
-
     def _bump_generation(self, namespace: str) -> None:
         step = random.randint(1, _LARGEST_STEP)
         self._db.execute(
@@ -601,8 +432,3 @@ def _checked_vectors(vectors: npt.NDArray[np.float32], rows: int) -> npt.NDArray
     if not np.isfinite(matrix).all():
         raise ValueError("vectors must be finite")
     return matrix
-
-
-def _check_name(what: str, value: str) -> None:
-    if not isinstance(value, str) or not 0 < len(value) <= _LONGEST_NAME:
-        raise ValueError(f"{what} must have 1 to {_LONGEST_NAME} characters, got {value!r:.80}")
