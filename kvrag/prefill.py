@@ -253,6 +253,7 @@ class _Run:
                     self._codec,
                     self._recompute,
                     held.first_to_load(first_chunks),
+                    placing=held.in_place and decoder.kernels.native is not None,
                     cancelled=cancelled,
                 )
                 opened.callback(stream.close)

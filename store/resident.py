@@ -32,11 +32,19 @@ class Resident:
         self.header, self.tier, self.data = header, tier, data
         self._closed, self._nbytes, self._open = closed, 0, True
 
+    def segment(self, index: int) -> memoryview:
+        """One segment, padding included, as it lies there: not verified."""
+        start, size = self.place(index)
+        return self.data[start : start + size]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Where in `data` a segment begins, and its bytes, padding included."""
+        segment = self.header.segments[index]
+        return segment.offset - self.header.header_nbytes, segment.padded_nbytes
+
     def verify(self, index: int) -> int:
         """Check one segment; its bytes, padding included. Raises `BlockFormatError`."""
-        segment, start = self.header.segments[index], self.header.header_nbytes
-        view = self.data[segment.offset - start : segment.end - start]
-        verify_segment(self.header, index, view)
+        verify_segment(self.header, index, self.segment(index))
         return self.count(index)
 
     def count(self, index: int) -> int:

@@ -12,7 +12,7 @@ from .memory import empty_huge
 from .operations import Int8Weights, Native
 from .panels import Panels
 from .row_layer import RowLayer
-from .stored import StoredChunks, StoredKV
+from .stored import SegmentLayout, StoredKV, StoredSegment, put_stored
 from .unpack import NativeUnpack
 
 __all__ = [
@@ -26,9 +26,11 @@ __all__ = [
     "PlacedChunk",
     "Product",
     "RowLayer",
-    "StoredChunks",
+    "SegmentLayout",
     "StoredKV",
+    "StoredSegment",
     "empty_huge",
     "load",
     "put_chunks",
+    "put_stored",
 ]

@@ -24,7 +24,7 @@ _ROTATE = (c_void_p, *[c_int64] * 5, c_void_p, c_void_p, c_int64, c_void_p, c_in
 _GEMV = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int)
 _GEMM = (c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int)
 _GATED = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int)
-_UNPACK = (c_void_p, *[c_int64] * 5, c_int, *[c_int64] * 3, c_void_p, c_void_p, c_void_p)
+_UNPACK = (c_void_p, *[c_int64] * 8, c_void_p, c_void_p)
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "rotate_into_f32": _ROTATE,
     "rotate_into_bf16": _ROTATE,
@@ -32,7 +32,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "bounds": (c_void_p, c_int64, c_void_p),
     "put_chunks": (c_void_p, *[c_int64] * 3, c_void_p, c_void_p, c_int64,
                    *[c_void_p, c_int64, c_int64] * 2, c_int),
-    "put_stored": (c_void_p, *[c_int64] * 3, c_void_p, c_void_p, c_int64,
+    "put_stored": (c_void_p, c_void_p, *[c_int64] * 3, c_void_p, c_void_p, c_int64,
                    *[c_void_p, c_int64, c_int64] * 2, c_void_p, c_int),
     "rms_norm": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_float, c_void_p, c_int64, c_int),
     "gated_silu": _GATED,

@@ -1,142 +1,172 @@
-"""K and V that lie in memory as they were stored: checked and placed in one call for a layer.
+"""Segments of a store as they lie in memory: checked, decoded, rotated and placed in one call.
 
-From Python, each chunk of each layer costs as much again as its bytes take to check; and what was
-just checked is still in the cache when it is placed.
+From Python, each chunk of each layer costs as much again as its bytes take to check; what was just
+checked is still in the cache when it is placed; and decoded numbers never lie in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import struct
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .chunks import KINDS, checked_places
 from .operations import Native, threads_for
 
-__all__ = ["StoredChunks", "StoredKV"]
+__all__ = ["SegmentLayout", "StoredKV", "StoredSegment", "put_stored"]
 
 #: Shorter inputs have another XXH3.
 _LEAST_NBYTES = 241
-#: Columns of a row of numbers, see stored_t in rotate.c: what moves on from layer to layer, and the
-#: checksum.
-_ADDRESSES, _CHECKSUM = (0, 7, 10), 3
+#: stored_t in rotate.c.
+_ROW = struct.Struct("=3qQ6q")
 
 
-class StoredKV(NamedTuple):
-    """One chunk's segments, one a layer, which need not be sound.
+class SegmentLayout(Protocol):
+    """How K and V of one layer lie in a segment, at its beginning.
 
-    segments: uint8 (layers, nbytes), contiguous. k, v: (layers, kv_heads, n, head_dim), float32,
-    bfloat16 or float16, in the first `length` bytes of each segment; zeros follow. checksums:
-    uint64 (layers,), the XXH3-64 of each segment.
+    dtype: of the numbers, for codes when they are decoded. shape: (kv_heads, tokens, head_dim), of
+    K and of V. bits: 0 for numbers in C order, K then V; 4 or 8 for codes as docs/codecs.md has
+    them, with `groups` of tokens that share K's scales and `parts` of a row of V.
     """
-
-    segments: np.ndarray
-    k: Tensor
-    v: Tensor
-    length: int
-    checksums: np.ndarray
-
-
-class StoredChunks:
-    """The chunks of one prompt; not thread-safe.
-
-    Args:
-        chunks: by their numbers, each with the position of its first token.
-
-    Raises:
-        ValueError: K or V lie elsewhere than in their segments, or shapes or dtypes do not fit.
-    """
-
-    def __init__(self, native: Native, chunks: Mapping[int, tuple[StoredKV, int]]) -> None:
-        self._native = native
-        self._kept = dict(chunks)  # and the memory with them
-        self._row = {number: row for row, number in enumerate(chunks)}
-        rows = [_numbers(stored, start) for stored, start in chunks.values()]
-        self._numbers = np.array(rows, dtype=np.int64).reshape(len(rows), 13)
-        self._checksums = np.array([stored.checksums for stored, _ in chunks.values()], np.uint64)
-        self._apart = np.zeros_like(self._numbers)
-        self._apart[:, _ADDRESSES] = self._numbers[:, 1:2]
-        self._ends = {
-            number: start + stored.k.shape[2] for number, (stored, start) in chunks.items()
-        }
 
     @property
-    def end(self) -> int:
-        """One behind the last position of all chunks."""
-        return max(self._ends.values(), default=0)
+    def dtype(self) -> torch.dtype: ...
 
-    def __contains__(self, number: int) -> bool:
-        return number in self._row
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
 
-    def put(
-        self,
-        layer: int,
-        numbers: list[int],
-        tables: tuple[Tensor, Tensor] | None,
-        into_k: Tensor,
-        into_v: Tensor,
-    ) -> list[int]:
-        """Check a layer of these chunks, and write K, rotated, and V of the sound; the others.
+    @property
+    def bits(self) -> int: ...
 
-        Args:
-            tables, into_k, into_v: see `put_chunks`.
+    @property
+    def groups(self) -> int: ...
+
+    @property
+    def parts(self) -> int: ...
+
+
+class StoredSegment(NamedTuple):
+    """A segment of `nbytes` from `start` on, of which `length` are filled and zeros follow.
+
+    checksum: the XXH3-64 of all, to be compared; None where that was done.
+    """
+
+    start: int
+    nbytes: int
+    length: int
+    checksum: int | None
+
+
+class StoredKV:
+    """One chunk's segments, by layer, which need not be sound. Keeps their memory. Not thread-safe.
+
+    Raises:
+        ValueError: native code does not take this layout; see `takes`.
+    """
+
+    def __init__(self, layout: SegmentLayout) -> None:
+        if not self.takes(layout):
+            raise ValueError(f"cannot place K and V from {layout}")
+        self.shape = layout.shape
+        self._layout = (
+            KINDS[layout.dtype], layout.shape[1], layout.bits, layout.groups, layout.parts
+        )  # fmt: skip
+        self._held: dict[int, tuple[bytes, memoryview]] = {}
+
+    @staticmethod
+    def takes(layout: SegmentLayout) -> bool:
+        """Whether native code can place K and V from segments of this layout."""
+        _, tokens, dim = layout.shape
+        if layout.dtype not in KINDS or min(layout.shape) < 0 or not dim:
+            return False
+        if not layout.bits:
+            return True
+        # Codes are decoded to what codecs keep.
+        fits = layout.bits in (4, 8) and layout.dtype is not torch.float16
+        fits = fits and layout.parts > 0 and dim % layout.parts == 0
+        return fits and (0 < layout.groups <= tokens or layout.groups == tokens == 0)
+
+    def hold(self, first: int, memory: memoryview, segments: Iterable[StoredSegment]) -> None:
+        """Have the segments of layers `first`, `first + 1`, … , which lie in `memory`, bytes.
 
         Raises:
-            ValueError: something does not fit together; nothing has been written then.
+            ValueError: one lies elsewhere, or has fewer than 241 bytes and is still to be compared.
         """
-        reach, turns = checked_places(tables, into_k, into_v)
-        heads, _, dim = into_k.shape
-        for number in numbers:
-            shape = self._kept[number][0].k.shape
-            if not 0 <= layer < shape[0] or (shape[1], shape[3]) != (heads, dim):
+        base = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
+        total = len(memory)
+        for layer, (start, nbytes, length, checksum) in enumerate(segments, start=first):
+            fits = 0 <= start <= start + nbytes <= total and 0 <= length <= nbytes
+            verified = checksum is None
+            if not fits or (nbytes < _LEAST_NBYTES and not verified):
                 raise ValueError(
-                    f"layer {layer} of k {tuple(shape)} does not fit into {tuple(into_k.shape)}"
+                    f"a segment has {nbytes} bytes, {length} of them filled, from {start} on in "
+                    f"{total}; it needs {_LEAST_NBYTES} at least to be compared"
                 )
-            if self._ends[number] > reach:
-                raise ValueError(f"positions up to {self._ends[number] - 1} exceed {reach - 1}")
-        if not numbers:
-            return []
-        rows = [self._row[number] for number in numbers]
-        table = self._numbers[rows] + layer * self._apart[rows]
-        table[:, _CHECKSUM] = self._checksums[rows, layer].view(np.int64)
-        sound = np.zeros(len(rows), np.uint8)
-        self._native.library.put_stored(
-            table.ctypes.data, len(rows), heads, dim, *turns,
-            into_k.data_ptr(), *into_k.stride()[:2], into_v.data_ptr(), *into_v.stride()[:2],
-            sound.ctypes.data, threads_for(int(table[:, 1].sum())),
-        )  # fmt: skip
-        return [number for number, good in zip(numbers, sound.tolist(), strict=True) if not good]
+            row = _ROW.pack(base + start, nbytes, length, checksum or 0, verified, *self._layout)
+            self._held[layer] = row, memory[start : start + nbytes]
+
+    def __contains__(self, layer: int) -> bool:
+        return layer in self._held
+
+    def row(self, layer: int) -> bytes:
+        """A layer as `put_stored` passes it on, valid while it is held."""
+        return self._held[layer][0]
+
+    def release(self, layer: int) -> memoryview:
+        """The segment of a layer as it lies in memory, which is no longer held here."""
+        return self._held.pop(layer)[1]
 
 
-def _numbers(stored: StoredKV, start: int) -> list[int]:
-    """A row as stored_t has it, for layer 0."""
-    segments, k, v = stored.segments, stored.k, stored.v
-    if segments.dtype != np.uint8 or segments.ndim != 2 or not segments.flags.c_contiguous:
-        raise ValueError(f"segments are {segments.dtype} {segments.shape}, not uint8 (layers, n)")
-    layers, nbytes = segments.shape
-    if not nbytes >= _LEAST_NBYTES or not 0 <= stored.length <= nbytes:
-        raise ValueError(
-            f"segments have {nbytes} bytes, {stored.length} of them filled; they need "
-            f"{_LEAST_NBYTES} at least"
-        )
-    if stored.checksums.dtype != np.uint64 or stored.checksums.shape != (layers,):
-        raise ValueError(f"there are checksums {stored.checksums.shape} for {layers} segments")
-    if k.dtype not in KINDS or v.dtype != k.dtype or k.shape != v.shape or k.ndim != 4:
-        raise ValueError(
-            f"k {k.dtype} {tuple(k.shape)} and v {v.dtype} {tuple(v.shape)} must be alike, "
-            "(layers, kv_heads, n, head_dim), in a dtype that can be placed"
-        )
-    first = segments.ctypes.data
-    for name, part in (("k", k), ("v", v)):
-        begin, size = part.data_ptr() - first, part[0].numel() * part.element_size()
-        fits = part.is_cpu and part.shape[0] == layers and part[0].is_contiguous()
-        fits = fits and part.stride(0) * part.element_size() == nbytes
-        if not fits or begin < 0 or begin + size > stored.length:
-            raise ValueError(f"{name} does not lie in its segments")
-    if start < 0:
-        raise ValueError(f"a chunk cannot start at {start}")
-    places = [(part.data_ptr(), *part.stride()[1:3]) for part in (k, v)]
-    return [first, nbytes, stored.length, 0, KINDS[k.dtype], k.shape[2], start, *places[0],
-            *places[1]]  # fmt: skip
+def put_stored(
+    native: Native,
+    layer: int,
+    chunks: Sequence[tuple[StoredKV, int]],
+    tables: tuple[Tensor, Tensor] | None,
+    into_k: Tensor,
+    into_v: Tensor,
+) -> list[int]:
+    """Check a layer of chunks, and write K, rotated, and V of the sound ones; which are not sound.
+
+    A segment is sound if its checksum and the zeros behind it fit, unless that was found before,
+    and if it is as long as its layout makes it. Nothing is written of one that is not.
+
+    Args:
+        chunks: each with the position of its first token.
+        tables, into_k, into_v: see `put_chunks`.
+
+    Returns:
+        Places in `chunks`, ascending.
+
+    Raises:
+        ValueError: something does not fit together; nothing has been written then.
+    """
+    heads, _, dim = into_k.shape
+    reach, turns = checked_places(tables, into_k, into_v)
+    numbers = 0
+    for stored, start in chunks:
+        kv_heads, tokens, head_dim = stored.shape
+        if layer not in stored or kv_heads != heads or head_dim != dim:
+            raise ValueError(
+                f"layer {layer} of k {stored.shape} does not fit into {tuple(into_k.shape)}"
+            )
+        if start < 0 or start + tokens > reach:
+            raise ValueError(
+                f"positions {start} .. {start + tokens - 1} are not within 0 .. {reach - 1}"
+            )
+        numbers += tokens
+    if not chunks:
+        return []
+    rows = b"".join([stored.row(layer) for stored, _ in chunks])
+    starts = array("q", [start for _, start in chunks])
+    sound = array("B", bytes(len(chunks)))
+    out = (into_k.data_ptr(), *into_k.stride()[:2], into_v.data_ptr(), *into_v.stride()[:2])
+    native.library.put_stored(
+        rows, starts.buffer_info()[0], len(chunks), heads, dim, *turns, *out,
+        sound.buffer_info()[0], threads_for(2 * heads * dim * numbers),
+    )  # fmt: skip
+    return [] if all(sound) else [place for place, good in enumerate(sound) if not good]

@@ -54,11 +54,11 @@ class NativeUnpack:
             raise ValueError(
                 f"{groups} groups of {tokens} tokens, {parts} parts of {v_dim} numbers"
             )
-        part = v_dim // parts
-        scratch = torch.empty(4 * max(k_dim, v_dim))
+        if not (k_dim and v_dim):
+            raise ValueError(f"heads of {k_dim} and {v_dim} numbers; they need one at least")
         needed: int = self._functions[k.dtype](
             layer.data_ptr(), layer.shape[0], heads, tokens, k_dim, v_dim, bits, groups, parts,
-            max(1, min(64, part & -part)), k.data_ptr(), v.data_ptr(), scratch.data_ptr(),
+            k.data_ptr(), v.data_ptr(),
         )  # fmt: skip
         return needed
 

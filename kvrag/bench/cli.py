@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,6 +27,7 @@ from kvrag.bench.store.peers import STORE_PEERS
 from kvrag.config import Settings
 from kvrag.engine import Engine
 from kvrag.errors import InputError
+from kvrag.store.codecs import codec_names
 
 __all__ = ["app"]
 
@@ -198,6 +199,12 @@ def pipeline_command(
         list[str] | None,
         typer.Option(help=f"May be repeated; default all: {'; '.join(pipeline.STATES)}."),
     ] = None,
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"May be repeated: {', '.join(codec_names())}. Default: the settings' own."
+        ),
+    ] = None,
 ) -> None:
     """How much of loading hides behind computing, with blocks in memory, on disk, and on both."""
     options = pipeline.PipelineOptions(
@@ -210,8 +217,11 @@ def pipeline_command(
         warm_up=warm_up,
         states=tuple(state or pipeline.STATES),
     )
-    with _engine(context) as engine:
-        pipeline.run(engine, options)
+    settings = _settings(context)
+    codecs = dict.fromkeys(codec or (settings.codec,))
+    with ExitStack() as opened:
+        engines = [opened.enter_context(_engine(context, codec=name)) for name in codecs]
+        pipeline.run(engines, options)
 
 
 @app.command("kernels")
@@ -341,12 +351,15 @@ def _settings(context: typer.Context) -> Settings:
 
 
 @contextmanager
-def _engine(context: typer.Context) -> Iterator[Engine]:
-    """An engine over an empty home: a benchmark leaves nothing behind in the user's store."""
+def _engine(context: typer.Context, **changed: Any) -> Iterator[Engine]:
+    """An engine over an empty home: a benchmark leaves nothing behind in the user's store.
+
+    changed: settings that are others.
+    """
     settings = _settings(context)
     with (
         tempfile.TemporaryDirectory(prefix="kvrag-bench-") as home,
         # What is measured is what is named, also where storage is slow.
-        Engine.open(settings.apart(Path(home), controller=False)) as engine,
+        Engine.open(settings.apart(Path(home), controller=False, **changed)) as engine,
     ):
         yield engine

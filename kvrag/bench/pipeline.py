@@ -1,9 +1,9 @@
 """Loading beside compute: what of a prompt's loading does each strategy hide, from which tier?
 
 One prompt runs with its blocks in memory, on disk with and without the page cache, and by halves,
-all interleaved. Blocks are laid where a run wants them before its clock starts; what storage gives
-at best is measured in the same turns, by plain reads of the same files. What the controller foresaw
-is compared with each run, after some that only teach it.
+under one codec or several, all interleaved. Blocks are laid where a run wants them before its clock
+starts; what storage gives at best is measured in the same turns, by plain reads of the same files.
+What the controller foresaw is compared with each run, after some that only teach it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,43 +73,54 @@ class PipelineOptions:
             raise InputError(f"no such states: {sorted(unknown)}; there are {list(STATES)}")
 
 
-def run(engine: Engine, options: PipelineOptions) -> dict[str, Any]:
+def run(engines: Sequence[Engine], options: PipelineOptions) -> dict[str, Any]:
     """Measure, print and return the result (see the last line's JSON).
+
+    Args:
+        engines: at least one, alike but for their homes and codecs, of which each has its own.
 
     Raises:
         InputError: the memory tier is too small for the blocks of one prompt.
     """
-    bench = _Pipeline(engine, options)
-    names = options.strategies or ("reuse", "cacheblend", engine.settings.strategy)
-    cases = [(name, state) for name in dict.fromkeys(names) for state in options.states]
-    runs: dict[tuple[str, str], list[_Run]] = {case: [] for case in cases}
+    benches = {engine.settings.codec: _Pipeline(engine, options) for engine in engines}
+    first, settings = next(iter(benches.values())), engines[0].settings
+    names = options.strategies or ("reuse", "cacheblend", settings.strategy)
+    cases = list(product(dict.fromkeys(names), options.states, benches))
+    runs: dict[tuple[str, str, str], list[_Run]] = {case: [] for case in cases}
     storage: list[float] = []
     rng = random.Random(options.seed)
     for turn in range(options.warm_up + options.repetitions):
-        storage.append(bench.storage_gb_s())
-        for name, state in rng.sample(cases, len(cases)):
-            bench.lay(state)
-            run = bench.run(name)
+        storage.append(first.storage_gb_s())
+        for name, state, codec in rng.sample(cases, len(cases)):
+            benches[codec].lay(state)
+            run = benches[codec].run(name)
             if turn >= options.warm_up:
-                runs[name, state].append(run)
-    rows = [_row(*case, runs[case]) for case in runs]
+                runs[name, state, codec].append(run)
+    base = settings.codec
+    rows = [
+        _row(name, state, codec, runs[name, state, codec], runs[name, state, base])
+        for name, state, codec in cases
+    ]
     result = {
         "benchmark": "pipeline",
         "rows": rows,
         "storage_gb_s": median(storage),
-        "context_tokens": bench.context_tokens,
-        "kv_bytes": sum(block.nbytes for block in bench.blocks),
+        "context_tokens": first.context_tokens,
+        "kv_bytes": {
+            codec: sum(block.nbytes for block in bench.blocks) for codec, bench in benches.items()
+        },
         "threads": torch.get_num_threads(),
         "io_threads_a_tier": WIDTH,
-        "dtype": engine.settings.dtype,
-        "codec": engine.settings.codec,
+        "dtype": settings.dtype,
         "repetitions": options.repetitions,
-        "model": engine.settings.model,
+        "model": settings.model,
     }
     columns = (
         "strategy",
         "blocks",
+        "codec",
         "TTFT s",
+        f"of {base}'s",
         "range",
         "load ms",
         "stall ms",
@@ -122,7 +134,9 @@ def run(engine: Engine, options: PipelineOptions) -> dict[str, Any]:
         (
             row["strategy"],
             row["blocks"],
+            row["codec"],
             f"{row['ttft_s']:.3f}",
+            f"{row['ttft_ratio']:.2f}",
             f"{row['ttft_range_s'][0]:.3f} - {row['ttft_range_s'][1]:.3f}",
             f"{1000 * row['load_s']:.1f}",
             f"{1000 * row['stall_s']:.1f}",
@@ -134,7 +148,7 @@ def run(engine: Engine, options: PipelineOptions) -> dict[str, Any]:
         )
         for row in rows
     ]
-    title = f"Loading beside compute, {bench.context_tokens} context tokens, plain cold reads "
+    title = f"Loading beside compute, {first.context_tokens} context tokens, plain cold reads "
     show(f"{title}{result['storage_gb_s']:.2f} GB/s", columns, table, result)
     return result
 
@@ -220,14 +234,19 @@ class _Pipeline:
         return sorted((self._engine.settings.home / "kv").rglob("*.kv"))
 
 
-def _row(strategy: str, blocks: str, runs: Sequence[_Run]) -> dict[str, Any]:
+def _row(
+    strategy: str, blocks: str, codec: str, runs: Sequence[_Run], base: Sequence[_Run]
+) -> dict[str, Any]:
+    """base: the first codec's runs of the same turns."""
     ttft = [one.ttft_s for one in runs]
     filled = [one.prefilled for one in runs]
     tiers = sorted({tier for one in filled for tier in one.measured})
     return {
         "strategy": strategy,
         "blocks": blocks,
+        "codec": codec,
         "ttft_s": median(ttft),
+        "ttft_ratio": median([a.ttft_s / b.ttft_s for a, b in zip(runs, base, strict=True)]),
         "ttft_range_s": [median([min(ttft)]), median([max(ttft)])],
         "load_s": median([one.load_s for one in filled]),
         "stall_s": median([one.stall_s for one in filled]),

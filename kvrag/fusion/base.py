@@ -56,7 +56,10 @@ class LayerStream(Protocol):
 
 @runtime_checkable
 class PlacingStream(LayerStream, Protocol):
-    """A stream that hands out what lies in memory before it is verified, to be both at once."""
+    """A stream that hands out segments as they are stored, to be decoded where they are placed.
+
+    What lies in memory is verified by that, too.
+    """
 
     def place_layer(
         self, place: Callable[[Mapping[int, StoredKV]], list[int]]
@@ -64,9 +67,9 @@ class PlacingStream(LayerStream, Protocol):
         """As `next_layer`, with None for the chunks that `place` has written.
 
         Args:
-            place: is given chunks by their numbers in the prompt, at most once, verifies this layer
-                of them, writes the sound ones where they belong, and returns the others, which
-                then come as if they had been found damaged anywhere else.
+            place: is given chunks by their numbers in the prompt, each at most once, writes this
+                layer of the sound ones where they belong, and returns the others, which then
+                come as if they had been found damaged anywhere else.
         """
         ...
 

@@ -37,7 +37,7 @@ from kvrag.fusion.prompt import Prompt
 from kvrag.fusion.selection import Choice
 from kvrag.generation.kv_cache import KVCache
 from kvrag.kernels import Deviation
-from kvrag.kernels.native import StoredChunks, StoredKV
+from kvrag.kernels.native import StoredKV
 from kvrag.models.decoder import Decoder
 
 __all__ = ["LayerState", "LayerwiseRun", "LayerwiseStrategy"]
@@ -153,7 +153,6 @@ class LayerwiseRun(FusionRun):
         self._asked = list(strategy.question_layers(decoder, prompt)) if self._candidates else []
         self._attention: list[Tensor] = []
         self._pulled = 0
-        self._stored: StoredChunks | None = None
         self._extra_rows = self._context_rows = 0
         self._selected: Tensor | None = None
         self._scores = torch.full((prompt.context_tokens,), torch.nan, device=decoder.device)
@@ -261,7 +260,9 @@ class LayerwiseRun(FusionRun):
 
         def place(stored: Mapping[int, StoredKV]) -> list[int]:
             seen = [i for i in stored if visible < self._prompt.chunks[i].end]
-            return layer.put_stored(self._known(stored), seen, cache.k[index], cache.v[index])
+            chunks = [(stored[i], self._prompt.chunks[i].start) for i in seen]
+            bad = layer.put_stored(chunks, cache.k[index], cache.v[index])
+            return [seen[place] for place in bad]
 
         pulled: Sequence[tuple[Tensor, Tensor] | None]
         if self._placing is not None:
@@ -276,16 +277,6 @@ class LayerwiseRun(FusionRun):
         if seen:
             layer.put_chunks(seen, cache.k[index], cache.v[index])
         self._pulled = index + 1
-
-    def _known(self, stored: Mapping[int, StoredKV]) -> StoredChunks:
-        """Those that are placed from where they lie; one that was found damaged stays, unused."""
-        native = self._decoder.kernels.native
-        if native is None:
-            raise RuntimeError("native code places stored chunks, and there is none")
-        if self._stored is None or not all(i in self._stored for i in stored):
-            starts = {i: (kv, self._prompt.chunks[i].start) for i, kv in stored.items()}
-            self._stored = StoredChunks(native, starts)
-        return self._stored
 
     def _place(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         """Rotate and write fresh K and V; indices of the rows that stay, the question's among them.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvrag.kernels import Activation, Kernels, Linear
-from kvrag.kernels.native import PlacedChunk, RowLayer, StoredChunks, put_chunks
+from kvrag.kernels.native import PlacedChunk, RowLayer, StoredKV, put_chunks, put_stored
 from kvrag.models.config import ModelConfig
 from kvrag.models.rope import Rope
 
@@ -97,11 +97,19 @@ class Layer:
         put_chunks(native, chunks, tables, into_k, into_v)
 
     def put_stored(
-        self, stored: StoredChunks, numbers: list[int], into_k: Tensor, into_v: Tensor
+        self, chunks: Sequence[tuple[StoredKV, int]], into_k: Tensor, into_v: Tensor
     ) -> list[int]:
-        """`put_chunks` of what is not verified yet; those that turn out damaged are not written."""
-        tables = None if self._rope is None else self._rope.tables(stored.end)
-        return stored.put(self.index, numbers, tables, into_k, into_v)
+        """`put_chunks` of chunks as they are stored; places of those that are not sound.
+
+        Raises:
+            RuntimeError: there is no native code, which alone does this.
+        """
+        native = self._kernels.native
+        if native is None:
+            raise RuntimeError("native code places stored chunks, and there is none")
+        end = max((start + stored.shape[1] for stored, start in chunks), default=0)
+        tables = None if self._rope is None else self._rope.tables(end)
+        return put_stored(native, self.index, chunks, tables, into_k, into_v)
 
     def first_visible(self, position: int) -> int:
         """The first position that a row at `position` sees."""

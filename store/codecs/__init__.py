@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import UnknownCodecError
-from .base import Codec, Unpack
+from .base import Codec, Layout, Unpack
 from .grouped import GroupedCodec
 from .raw import RawCodec
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Codec",
     "GroupedCodec",
+    "Layout",
     "RawCodec",
     "Unpack",
     "codec",

@@ -5,7 +5,7 @@ A codec knows tensors and one layer. It does not know keys, files, checksums or 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -13,7 +13,22 @@ if TYPE_CHECKING:
 
     from ..header import BlockHeader
 
-__all__ = ["Codec", "Unpack"]
+__all__ = ["Codec", "Layout", "Unpack"]
+
+
+class Layout(NamedTuple):
+    """How K and V of one layer lie in a segment, at its beginning, for native code.
+
+    dtype: what they are decoded to. shape: (kv_heads, tokens, head_dim), of K and of V. bits: 0
+    for numbers in C order, K then V; 4 or 8 for codes as `grouped` describes them, with `groups` of
+    tokens that share K's scales and `parts` of a row of V.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, int, int]
+    bits: int = 0
+    groups: int = 0
+    parts: int = 1
 
 
 class Codec(Protocol):
@@ -50,17 +65,8 @@ class Codec(Protocol):
         """
         ...
 
-    def layers(
-        self, buffer: Buffer, header: BlockHeader
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """K and V of all layers, (layers, kv_heads, tokens, head_dim), in the memory of `buffer`.
-
-        None from a codec that must decode, and where they do not fit the header.
-
-        `buffer` is all segments in one piece, padding included, which need not be verified yet:
-        nothing is read. All segments are of one length, and those of a layer lie in its own.
-        Read-only by contract.
-        """
+    def layout(self, header: BlockHeader) -> Layout | None:
+        """How a block's segments hold K and V; None where `decode` alone can tell."""
         ...
 
 

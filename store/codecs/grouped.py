@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnencodableError
+from .base import Layout
 from .bits import ceil_bfloat16, floor_bfloat16, join
 from .hadamard import block_width, hadamard, parts
 from .memory import check_length, check_pair, dtype_of, joined, tensor_over
@@ -118,9 +119,14 @@ class GroupedCodec:
         check_length(len(layer), needed)
         return k, v
 
-    def layers(self, buffer: Buffer, header: BlockHeader) -> None:
-        """See `Codec.layers`: codes are no tensors to be used in place."""
-        return
+    def layout(self, header: BlockHeader) -> Layout | None:
+        """See `Codec.layout`."""
+        dtype = _DTYPES.get(header.dtype)
+        if dtype is None or header.k_shape != header.v_shape:
+            return None
+        _, heads, tokens, dim = header.k_shape
+        shape = heads, tokens, dim
+        return Layout(dtype, shape, self._bits, _groups(tokens), parts(dim))
 
     def _numbers(self, name: str, x: Tensor) -> Tensor:
         wide = x.detach().to("cpu", torch.float32).contiguous()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .base import Layout
 from .memory import check_length, check_pair, dtype_of, joined, tensor_over
 
 if TYPE_CHECKING:
@@ -52,24 +53,9 @@ class RawCodec:
         v = whole[k_nbytes:end].view(dtype).view(v_shape)
         return k, v
 
-    def layers(
-        self, buffer: Buffer, header: BlockHeader
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """See `Codec.layers`."""
-        dtype, segments = _DTYPES.get(header.dtype), header.segments
-        if dtype is None:
+    def layout(self, header: BlockHeader) -> Layout | None:
+        """See `Codec.layout`."""
+        dtype = _DTYPES.get(header.dtype)
+        if dtype is None or header.k_shape != header.v_shape:
             return None
-        apart, rest = divmod(segments[0].padded_nbytes, dtype.itemsize)
-        shapes = header.k_shape[1:], header.v_shape[1:]
-        sizes = [math.prod(shape) for shape in shapes]
-        whole = tensor_over(buffer)
-        if (
-            rest
-            or {segment.length for segment in segments} != {sum(sizes) * dtype.itemsize}
-            or len(whole) != len(segments) * segments[0].padded_nbytes
-        ):
-            return None
-        rows = whole.view(dtype).view(len(segments), apart)
-        parts = rows[:, : sizes[0]], rows[:, sizes[0] : sum(sizes)]
-        k, v = (part.view(-1, *shape) for part, shape in zip(parts, shapes, strict=True))
-        return k, v
+        return Layout(dtype, header.k_shape[1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import ExitStack
 
 import pytest
 
@@ -28,9 +29,10 @@ def open_engine(folder, home, **settings):
 def test_every_strategy_from_every_place(folder, tmp_path, capsys):
     options = dataclasses.replace(OPTIONS, strategies=("reuse", "cacheblend", "full"))
     with open_engine(folder, tmp_path / "home") as engine:
-        result = pipeline.run(engine, options)
+        result = pipeline.run([engine], options)
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {name: last[name] for name in result} == result
+    assert {(row["codec"], row["ttft_ratio"]) for row in result["rows"]} == {("raw", 1.0)}
     rows = {(row["strategy"], row["blocks"]): row for row in result["rows"]}
     states = list(pipeline.STATES)
     assert list(rows) == [(s, state) for s in ("reuse", "cacheblend", "full") for state in states]
@@ -47,6 +49,22 @@ def test_every_strategy_from_every_place(folder, tmp_path, capsys):
         assert row["stall_error"] >= 0
     assert result["context_tokens"] == 96
     assert result["storage_gb_s"] > 0
+
+
+def test_codecs_side_by_side(folder, tmp_path):
+    codecs, states = ("raw", "int8", "int4"), ("ram", "disk, cold")
+    options = dataclasses.replace(OPTIONS, strategies=("reuse",), states=states, warm_up=0)
+    with ExitStack() as opened:
+        engines = [
+            opened.enter_context(open_engine(folder, tmp_path / codec, codec=codec))
+            for codec in codecs
+        ]
+        result = pipeline.run(engines, options)
+    rows = {(row["blocks"], row["codec"]): row for row in result["rows"]}
+    assert list(rows) == [(state, codec) for state in states for codec in codecs]
+    assert set(result["kv_bytes"]) == set(codecs)
+    assert all(row["ttft_ratio"] > 0 and row["gb_s"] for row in rows.values())
+    assert {rows[state, "raw"]["ttft_ratio"] for state in states} == {1.0}
 
 
 def test_blocks_lie_where_they_are_laid(folder, tmp_path):
@@ -73,4 +91,4 @@ def test_memory_that_cannot_hold_the_blocks_is_refused(folder, tmp_path):
         open_engine(folder, tmp_path / "home", ram_bytes=4096) as engine,
         pytest.raises(InputError, match="ram_bytes is 4096"),
     ):
-        pipeline.run(engine, OPTIONS)
+        pipeline.run([engine], OPTIONS)

@@ -233,9 +233,9 @@ def test_blocks_in_memory_are_ready_without_a_thread():
 
 
 class Decoding:
-    """A codec whose segments are no tensors."""
+    """A codec whose segments native code does not know."""
 
-    def layers(self, buffer, header):
+    def layout(self, header):
         return None
 
 

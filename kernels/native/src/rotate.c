@@ -1,4 +1,5 @@
 /* Stored K and V into a float32 cache: K rotated to its positions, V as it is. */
+#include "codes.h"
 #include "exported.h"
 
 /* Stored K and V of one chunk, (heads, n, dim); kind: f32, bf16 or f16. */
@@ -10,13 +11,14 @@ typedef struct {
     int64_t v_head, v_token;
 } chunk_t;
 
-/* A segment of a store that holds a chunk somewhere in its first `length` bytes, zeros behind them,
-   and `checksum`, the XXH3-64 of all. */
+/* A segment of a store that holds a chunk, (heads, tokens, dim), in its first `length` bytes, zeros
+   behind them. `checksum` is the XXH3-64 of all, which `verified` ones have been compared with.
+   bits: 0 for K, then V, as they are; else those of codes, whose numbers are rounded to `kind`. */
 typedef struct {
     const uint8_t *data;
     int64_t nbytes, length;
     uint64_t checksum;
-    chunk_t chunk;
+    int64_t verified, kind, tokens, bits, groups, parts;
 } stored_t;
 
 /* Where chunks go, (heads, positions, dim) each. */
@@ -63,21 +65,82 @@ EXPORT void put_chunks(const chunk_t *chunks, int64_t count, int64_t heads, int6
     for (int64_t c = 0; c < count; c++) put(chunks + c, &p);
 }
 
-static int is_sound(const stored_t *s) {
-    if (xxh3_64(s->data, s->nbytes) != s->checksum) return 0;
-    for (int64_t i = s->length; i < s->nbytes; i++)
-        if (s->data[i]) return 0;
-    return 1;
+static shape_t shape_of(const stored_t *s, const placed_t *p) {
+    return (shape_t){p->heads, s->tokens, p->dim, p->dim, s->bits, s->groups, s->parts};
 }
 
-/* As `put_chunks`, of the segments that are sound: sound[c] tells which. The others are not read
-   further. A segment is used while the L2 cache still holds it from being checked. */
-EXPORT void put_stored(const stored_t *stored, int64_t count, int64_t heads, int64_t dim,
-                       const float *cos, const float *sin, int64_t rotary, float *k, int64_t k_head,
-                       int64_t k_token, float *v, int64_t v_head, int64_t v_token, uint8_t *sound,
-                       int threads) {
+static chunk_t numbers_of(const stored_t *s, const placed_t *p, int64_t start) {
+    int64_t token = p->dim, head = s->tokens * token, nbytes = p->heads * head * (s->kind ? 2 : 4);
+    return (chunk_t){s->kind, s->tokens, start, s->data, head, token, s->data + nbytes, head, token};
+}
+
+static int is_sound(const stored_t *s, const placed_t *p) {
+    if (!s->verified) {
+        if (xxh3_64(s->data, s->nbytes) != s->checksum) return 0;
+        for (int64_t i = s->length; i < s->nbytes; i++)
+            if (s->data[i]) return 0;
+    }
+    if (!s->bits)
+        return 2 * p->heads * s->tokens * p->dim * (s->kind ? 2 : 4) <= s->length;
+    shape_t shape = shape_of(s, p);
+    return codes_nbytes(s->data, s->length, &shape) <= s->length;
+}
+
+/* Codes to their positions, by way of one row of numbers that the L1 cache holds. */
+INLINE void put_codes_as(const stored_t *s, const placed_t *p, int64_t start, int64_t bits,
+                         int narrow) {
+    float row[p->dim], low[p->dim], step[p->dim];
+    uint8_t codes[CODES_NBYTES(p->dim)];
+    sixteen_t sixteens[SIXTEENS(p->dim)];
+    shape_t shape = shape_of(s, p);
+    layer_t layer = parts_of(s->data, &shape);
+    const uint8_t *rows = layer.rows;
+    for (int64_t head = 0; head < p->heads; head++) {
+        keys_t keys = keys_of(&layer, &shape, head, rows, low, step, codes, sixteens);
+        float *out = p->k + head * p->k_head + start * p->k_token;
+        for (int64_t at = start; at < start + s->tokens; at++, out += p->k_token) {
+            next_key(&keys, bits, narrow, row);
+            if (p->rotary)
+                turn_f32(row, p->cos + at * p->rotary, p->sin + at * p->rotary, p->rotary, out);
+            widen_f32(row + p->rotary, p->dim - p->rotary, out + p->rotary);
+        }
+        rows = keys.row;
+    }
+    values_t values = {&shape, layer.steps, rows, codes};
+    for (int64_t head = 0; head < p->heads; head++) {
+        float *out = p->v + head * p->v_head + start * p->v_token;
+        for (int64_t i = 0; i < s->tokens; i++, out += p->v_token)
+            next_value(&values, bits, narrow, out);
+    }
+}
+
+static void put_codes(const stored_t *s, const placed_t *p, int64_t start) {
+    if (s->bits == 8 && s->kind)
+        put_codes_as(s, p, start, 8, 1);
+    else if (s->bits == 8)
+        put_codes_as(s, p, start, 8, 0);
+    else if (s->kind)
+        put_codes_as(s, p, start, 4, 1);
+    else
+        put_codes_as(s, p, start, 4, 0);
+}
+
+/* Each segment that is sound to the positions from starts[c] on: sound[c] tells which. The others
+   are not read further. A segment is used while the L2 cache still holds it from being checked. */
+EXPORT void put_stored(const stored_t *stored, const int64_t *starts, int64_t count, int64_t heads,
+                       int64_t dim, const float *cos, const float *sin, int64_t rotary, float *k,
+                       int64_t k_head, int64_t k_token, float *v, int64_t v_head, int64_t v_token,
+                       uint8_t *sound, int threads) {
     placed_t p = {heads, dim, rotary, cos, sin, k, v, k_head, k_token, v_head, v_token};
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t c = 0; c < count; c++)
-        if ((sound[c] = (uint8_t)is_sound(stored + c))) put(&stored[c].chunk, &p);
+    for (int64_t c = 0; c < count; c++) {
+        const stored_t *s = stored + c;
+        if (!(sound[c] = (uint8_t)is_sound(s, &p))) continue;
+        if (s->bits) {
+            put_codes(s, &p, starts[c]);
+        } else {
+            chunk_t chunk = numbers_of(s, &p, starts[c]);
+            put(&chunk, &p);
+        }
+    }
 }

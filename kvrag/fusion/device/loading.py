@@ -55,6 +55,11 @@ class HeldChunks:
         #: Indices of the chunks that the device does not hold.
         self.to_load = [i for i, lease in enumerate(self._leases) if lease is None]
 
+    @property
+    def in_place(self) -> bool:
+        """Whether K and V are used where they load."""
+        return self._device is None
+
     def first_to_load(self, first_chunks: Sequence[int]) -> list[int]:
         """`FusionStrategy.first_chunks` counted in the chunks to load."""
         return [bisect_left(self.to_load, first) for first in first_chunks]

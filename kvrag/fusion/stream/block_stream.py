@@ -1,22 +1,21 @@
 """The layer stream over the store: groups of layers, several chunks at a time, a bounded way ahead.
 
 A chunk comes from an open block of the store or from layers that were computed. Chunks are read
-side by side, each from its tier, first layers first; those that lie in memory as they are used are
-verified when their layer is asked for, by the thread that asks. A block that cannot be read on is
-computed anew, alone, by that thread; the other chunks go on as they were.
+side by side, each from its tier, first layers first, and verified by the threads that read; those
+that lie in memory are verified when their layer is asked for, by the thread that asks. Who places
+layers as they are stored decodes them by that; otherwise those who verify decode. A block that
+cannot be read on is computed anew, alone, by the thread that asks; the other chunks go on as they
+were.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-
-import torch
 
 from kvrag.fusion.stream.chunk_reads import ChunkReads, LayerKV
 from kvrag.fusion.stream.io_threads import WIDTH, IoThreads, io_threads
@@ -25,13 +24,12 @@ from kvrag.fusion.stream.resident_chunk import ResidentChunk
 from kvrag.kernels.native import StoredKV
 from kvrag.store.codecs import Codec
 from kvrag.store.errors import BlockFormatError, StoreError
-from kvrag.store.header import BlockHeader
 from kvrag.store.tiered import BlockReader
 
 __all__ = ["BlockStream", "LoadingCancelled", "Place"]
 
-#: Most bytes of decoded layers that wait for a request: 20 layers of 4,096 tokens of a model with
-#: 3 KV heads of 64, 4 of one with 8 of 128.
+#: Most bytes of layers that wait for a request: 20 layers in bfloat16 of 4,096 tokens of a model
+#: with 3 KV heads of 64, 4 of one with 8 of 128.
 AHEAD_BYTES = 64 * 2**20
 #: Most layers a read. Larger groups read no faster (docs/benchmarks.md).
 LARGEST_GROUP = 8
@@ -57,14 +55,15 @@ class BlockStream:
         recompute: makes all layers of chunk i.
         first_chunks: for each layer the first chunk that is wanted, see
             `FusionStrategy.first_chunks`; those before it are not read.
-        ahead_bytes: most bytes of decoded layers that are ready or being read before they are asked
-            for; one layer is always allowed.
+        placing: whether layers are asked for by `place_layer`, and so wait as they are stored.
+        ahead_bytes: most bytes of layers that are ready or being read before they are asked for;
+            one layer is always allowed.
         threads: where reading runs; default: the process's, four threads a tier.
         cancelled: asked while `next_layer` waits, which raises `LoadingCancelled` when it is true.
 
     Loading begins at once. `stall_s` is how long the caller waited, in seconds. Verifying what lies
-    in memory, which its own thread does, is computing; where that must be decoded, reading its
-    first layer is part of the wait.
+    in memory, which its own thread does, is computing, and so is decoding by placing; where other
+    threads must decode what lies in memory, reading its first layer is part of the wait.
     """
 
     def __init__(
@@ -74,12 +73,14 @@ class BlockStream:
         recompute: Callable[[int], Sequence[LayerKV]],
         first_chunks: Sequence[int],
         *,
+        placing: bool = False,
         ahead_bytes: int = AHEAD_BYTES,
         threads: IoThreads | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
         self._cancelled = cancelled
-        self._codec, self._recompute, self._first_chunks = codec, recompute, first_chunks
+        self._recompute, self._first_chunks = recompute, first_chunks
+        self._unread = partial(ChunkReads, codec=codec, placing=placing)
         self._count = len(readers)
         self._chunks: dict[int, ChunkReads] = {}
         self._resident: dict[int, ResidentChunk] = {}
@@ -87,15 +88,15 @@ class BlockStream:
             if reader is None:
                 continue
             wanted = self._wanting(chunk)
-            resident = ResidentChunk.of(reader, codec, wanted) if wanted else None
+            resident = ResidentChunk.of(reader, codec, wanted, placing=placing) if wanted else None
             if resident is not None:
                 self._resident[chunk] = resident
             else:
-                self._chunks[chunk] = ChunkReads(reader, wanted)
+                self._chunks[chunk] = self._unread(reader, wanted=wanted)
         # Those of the next layer; None for what was placed already.
         self._verified: dict[int, LayerKV | None] = {}
         self._memory: dict[int, Sequence[LayerKV]] = {}
-        layer_nbytes = sum(_layer_nbytes(chunk.reader.header) for chunk in self._chunks.values())
+        layer_nbytes = sum(chunk.layer_nbytes for chunk in self._chunks.values())
         self._ahead = max(1, ahead_bytes // max(1, layer_nbytes))
         # Half of what may wait: one group is read while the one before is used up.
         self._largest = min(LARGEST_GROUP, max(1, self._ahead // 2))
@@ -164,9 +165,10 @@ class BlockStream:
         if self._closed or index >= len(self._first_chunks):
             raise RuntimeError(f"layer {index} asked of a stream that is closed or at its end")
         self._verify(index, place)
-        while (layer := self._layer()) is None:
+        while not self._wait() or not self._place_read(place):
             for chunk in self._lost():
                 self.compute(chunk)
+        layer = self._taken()
         self._read_on()
         return layer
 
@@ -193,8 +195,8 @@ class BlockStream:
 
     # ---- the next layer --------------------------------------------------------------------------
 
-    def _layer(self) -> list[LayerKV | None] | None:
-        """Wait for the next layer; None if chunks of it must be computed first."""
+    def _wait(self) -> bool:
+        """Wait for the next layer; False if chunks of it must be computed first."""
         begun = time.perf_counter()
         with self._changed:
             self._waiting = True
@@ -210,8 +212,44 @@ class BlockStream:
                 raise self._error
             if self._closed:
                 raise RuntimeError(f"layer {self._next} asked of a stream that is closed")
-            if self._lost():
-                return None
+            return not self._lost()
+
+    def _place_read(self, place: Place | None) -> bool:
+        """Place, or else decode, what was read and waits as it is stored.
+
+        False if some of it does not hold a layer: that is for the caller to compute.
+        """
+        layer = self._next
+        with self._changed:
+            waiting = {
+                chunk: (self._chunks[chunk], stored)
+                for chunk in self._wanted()
+                if self._is_missing(chunk) and (stored := self._stored(chunk)) is not None
+            }
+        if not waiting:
+            return True
+        damaged: list[int] = []
+        if place is not None:
+            damaged = place({chunk: stored for chunk, (_, stored) in waiting.items()})
+        for chunk, (reads, stored) in waiting.items():
+            segment = stored.release(layer)
+            if chunk in damaged:
+                continue
+            try:
+                self._verified[chunk] = None if place is not None else reads.decoded(segment)
+            except BlockFormatError:
+                damaged.append(chunk)
+        with self._changed:
+            for chunk in damaged:
+                waiting[chunk][0].fail()
+        for chunk in damaged:
+            waiting[chunk][0].reader.close()
+        return not damaged
+
+    def _taken(self) -> list[LayerKV | None]:
+        with self._changed:
+            if self._closed:
+                raise RuntimeError(f"layer {self._next} asked of a stream that is closed")
             layer = [self._take(chunk) for chunk in self._wanted()]
             self._next += 1
             return layer
@@ -224,10 +262,18 @@ class BlockStream:
         return [
             chunk
             for chunk in self._wanted()
-            if chunk not in self._memory
-            and chunk not in self._verified
+            if self._is_missing(chunk)
             and not (chunk in self._chunks and self._chunks[chunk].has(self._next))
         ]
+
+    def _is_missing(self, chunk: int) -> bool:
+        """Whether the next layer of a chunk must still come from reading."""
+        return chunk not in self._memory and chunk not in self._verified
+
+    def _stored(self, chunk: int) -> StoredKV | None:
+        """What holds the next layer of a chunk, read, as it is stored."""
+        stored = self._chunks[chunk].stored
+        return stored if stored is not None and self._next in stored else None
 
     def _lost(self) -> list[int]:
         """Those of them that nobody reads: for the caller to compute."""
@@ -264,12 +310,13 @@ class BlockStream:
         begun = time.perf_counter()
         verified: list[tuple[str, int]] = []
         damaged: list[int] = []
-        if place is not None:
-            damaged = place({chunk: resident.stored for chunk, resident in wanted.items()})
+        stored = {chunk: one.stored for chunk, one in wanted.items() if one.stored is not None}
+        if place is not None and stored:
+            damaged = place(stored)
         for chunk, resident in wanted.items():
             if chunk in damaged:
                 continue
-            if place is not None:
+            if place is not None and chunk in stored:
                 self._verified[chunk], nbytes = None, resident.count(layer)
             else:
                 try:
@@ -288,7 +335,9 @@ class BlockStream:
                 if self._closed:
                     break
                 resident = self._resident.pop(chunk)
-                self._chunks[chunk] = ChunkReads(resident.reader, self._wanting(chunk, layer))
+                self._chunks[chunk] = self._unread(
+                    resident.reader, wanted=self._wanting(chunk, layer)
+                )
         if damaged:
             self._read_on()
 
@@ -350,7 +399,10 @@ class BlockStream:
             chunk.reader.close()
             return
         try:
-            layers = self._decoded(chunk, fetched.segments)
+            try:
+                layers = chunk.unpacked(fetched.segments)
+            except BlockFormatError:
+                layers = None
             read = Read(
                 fetched.tier,
                 fetched.read_nbytes,
@@ -369,14 +421,12 @@ class BlockStream:
             if fetched.admit is not None:
                 fetched.admit()
 
-    def _decoded(self, chunk: ChunkReads, segments: list[memoryview]) -> list[LayerKV] | None:
-        try:
-            return [self._codec.decode(segment, chunk.reader.header) for segment in segments]
-        except StoreError:
-            return None
-
     def _arrived(
-        self, chunk: ChunkReads, first: int, layers: list[LayerKV] | None, read: Read
+        self,
+        chunk: ChunkReads,
+        first: int,
+        layers: Sequence[LayerKV | memoryview] | None,
+        read: Read,
     ) -> None:
         """Hand a group over, or note that it cannot be had; wake the caller if that is its turn."""
         with self._changed:
@@ -389,12 +439,6 @@ class BlockStream:
                 chunk.deliver(first, layers)
             if self._settled():
                 self._changed.notify_all()
-
-
-def _layer_nbytes(header: BlockHeader) -> int:
-    """Bytes of one decoded layer of a chunk."""
-    itemsize: int = getattr(torch, header.dtype).itemsize
-    return itemsize * (math.prod(header.k_shape[1:]) + math.prod(header.v_shape[1:]))
 
 
 def _reads(verified: Sequence[tuple[str, int]], layer: int) -> Sequence[tuple[str, int]]:

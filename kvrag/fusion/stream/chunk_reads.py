@@ -1,33 +1,66 @@
 """One chunk of a stream: which of its layers to read next, and those that are there.
 
+Layers wait as they are stored if they are placed from that: the codes of `int4` take a quarter of
+the memory, and their numbers none.
+
 Groups of layers grow, 1, 2, 4, …: nothing hides the first layer's loading, so it comes alone, and
 later ones hide behind computing, where fewer and larger reads are cheaper.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from kvrag.kernels.native import StoredKV, StoredSegment
+from kvrag.store.codecs import Codec
+from kvrag.store.header import BlockHeader
 from kvrag.store.tiered import BlockReader
 
-__all__ = ["ChunkReads", "LayerKV"]
+__all__ = ["ChunkReads", "LayerKV", "stored_kv"]
 
 #: Un-rotated K and V of one chunk in one layer: (kv_heads, tokens, head_dim) each.
 LayerKV = tuple[Tensor, Tensor]
 
 
-class ChunkReads:
-    """Not thread-safe. `wanted`: the layers to read, ascending. One group is read at a time."""
+def stored_kv(codec: Codec, header: BlockHeader) -> StoredKV | None:
+    """For a block's segments as they are stored; None if native code cannot place from those."""
+    layout = codec.layout(header)
+    return None if layout is None or not StoredKV.takes(layout) else StoredKV(layout)
 
-    def __init__(self, reader: BlockReader, wanted: Sequence[int]) -> None:
+
+class ChunkReads:
+    """Not thread-safe but for `unpacked`. One group of layers is read at a time.
+
+    Args:
+        wanted: the layers to read, ascending.
+        placing: whether layers are to wait as they are stored, where native code can place them.
+    """
+
+    def __init__(
+        self, reader: BlockReader, codec: Codec, wanted: Sequence[int], *, placing: bool
+    ) -> None:
         self.reader = reader
+        #: The layers that are there as they are stored, verified; None if all are decoded.
+        self.stored = stored_kv(codec, reader.header) if placing else None
+        self._codec = codec
         #: A layer could not be read; those that are ready are sound.
         self.failed = False
         self._wanted, self._at = wanted, 0
         self._reading = False
         self._ready: dict[int, LayerKV] = {}
+
+    @property
+    def layer_nbytes(self) -> int:
+        """Most bytes of a layer that waits."""
+        header = self.reader.header
+        if self.stored is not None:
+            return max(segment.padded_nbytes for segment in header.segments)
+        itemsize: int = getattr(torch, header.dtype).itemsize
+        return itemsize * (math.prod(header.k_shape[1:]) + math.prod(header.v_shape[1:]))
 
     @property
     def begun(self) -> bool:
@@ -56,24 +89,38 @@ class ChunkReads:
         self._reading = True
         return first, first + size
 
-    def deliver(self, first: int, layers: Sequence[LayerKV]) -> None:
+    def unpacked(self, segments: Sequence[memoryview]) -> Sequence[LayerKV | memoryview]:
+        """What to deliver of verified segments. Raises `BlockFormatError`."""
+        return segments if self.stored is not None else list(map(self.decoded, segments))
+
+    def decoded(self, segment: memoryview) -> LayerKV:
+        """K and V of a verified segment. Raises `BlockFormatError`."""
+        return self._codec.decode(segment, self.reader.header)
+
+    def deliver(self, first: int, layers: Sequence[LayerKV | memoryview]) -> None:
         """The group that was under way is there."""
-        self._ready.update(enumerate(layers, start=first))
+        segments, stored = self.reader.header.segments, self.stored
+        for layer, kv in enumerate(layers, start=first):
+            if not isinstance(kv, memoryview):
+                self._ready[layer] = kv
+            elif stored is not None:
+                stored.hold(layer, kv, [StoredSegment(0, len(kv), segments[layer].length, None)])
         self._at += len(layers)
         self._reading = False
 
     def fail(self) -> None:
-        """The group that was under way cannot be read."""
+        """The group that was under way cannot be read, or no other one is wanted."""
         self.failed = True
         self._reading = False
 
     def has(self, layer: int) -> bool:
-        return layer in self._ready
+        return layer in self._ready or (self.stored is not None and layer in self.stored)
 
     def take(self, layer: int) -> LayerKV:
-        """K and V of a layer that is ready, handed over."""
+        """K and V of a layer that is there decoded, handed over."""
         return self._ready.pop(layer)
 
     def drop(self) -> None:
-        """Let go of what is ready."""
+        """Let go of what is there. Who has `stored` in hand may still use it."""
         self._ready.clear()
+        self.stored = None

@@ -7,14 +7,10 @@ it would take the interpreter lock from it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Self
 
-import numpy as np
-from torch import Tensor
-
-from kvrag.fusion.stream.chunk_reads import LayerKV
-from kvrag.kernels.native import StoredKV
+from kvrag.fusion.stream.chunk_reads import LayerKV, stored_kv
+from kvrag.kernels.native import StoredKV, StoredSegment
 from kvrag.store.codecs import Codec
 from kvrag.store.resident import Resident
 from kvrag.store.tiered import BlockReader
@@ -23,50 +19,63 @@ __all__ = ["ResidentChunk"]
 
 
 class ResidentChunk:
-    """Not thread-safe. `last`: the last layer that is wanted of it."""
+    """Not thread-safe. `last`: the last layer that is wanted of it.
+
+    stored: for who verifies and places all chunks of a layer at once; None where native code cannot
+    place them from where they lie, or nobody asks it to.
+    """
 
     def __init__(
         self,
         reader: BlockReader,
         resident: Resident,
-        k: Tensor,
-        v: Tensor,
+        codec: Codec,
+        stored: StoredKV | None,
         last: int,
     ) -> None:
-        """k, v: un-rotated, (layers, kv_heads, tokens, head_dim)."""
-        self.reader, self.tier, self.last = reader, resident.tier, last
-        self._resident, self._k, self._v = resident, k, v
+        self.reader, self.tier, self.stored, self.last = reader, resident.tier, stored, last
+        self._resident, self._codec = resident, codec
+        if stored is not None:
+            segments = resident.header.segments
+            stored.hold(
+                0,
+                resident.data,
+                (
+                    StoredSegment(*resident.place(layer), part.length, part.checksum)
+                    for layer, part in enumerate(segments)
+                ),
+            )
 
     @classmethod
-    def of(cls, reader: BlockReader, codec: Codec, wanted: Sequence[int]) -> Self | None:
-        """None where the block lies elsewhere, or must be decoded. wanted: layers, ascending."""
+    def of(
+        cls, reader: BlockReader, codec: Codec, wanted: Sequence[int], *, placing: bool
+    ) -> Self | None:
+        """None where the block lies elsewhere, or its codes are better decoded by other threads.
+
+        wanted: layers, ascending. placing: whether they are placed as they are stored.
+        """
         if not reader.in_memory:
             return None
-        resident = reader.resident()
-        layers = None if resident is None else codec.layers(resident.data, reader.header)
-        if resident is None or layers is None:
+        layout = codec.layout(reader.header)
+        stored = stored_kv(codec, reader.header) if placing else None
+        if stored is None and (layout is None or layout.bits):
             return None
-        return cls(reader, resident, *layers, wanted[-1])
-
-    @cached_property
-    def stored(self) -> StoredKV:
-        """For who verifies all chunks of a layer at once."""
-        header = self._resident.header
-        segments = np.frombuffer(self._resident.data, np.uint8).reshape(len(header.segments), -1)
-        checksums = np.array([segment.checksum for segment in header.segments], np.uint64)
-        return StoredKV(segments, self._k, self._v, header.segments[0].length, checksums)
+        resident = reader.resident()
+        if resident is None:
+            return None
+        return cls(reader, resident, codec, stored, wanted[-1])
 
     def count(self, layer: int) -> int:
         """Note that a layer was verified elsewhere; its bytes."""
         return self._resident.count(layer)
 
     def verified(self, layer: int) -> tuple[LayerKV, int]:
-        """K and V of a layer, checked now, and the bytes that were read for that.
+        """K and V of a layer, checked and decoded now, and the bytes that were read for that.
 
         Raises `BlockFormatError`.
         """
         nbytes = self._resident.verify(layer)
-        return (self._k[layer], self._v[layer]), nbytes
+        return self._codec.decode(self._resident.segment(layer), self._resident.header), nbytes
 
     def close(self) -> None:
         """Close the reader, too. A second call does nothing."""
