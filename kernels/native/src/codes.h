@@ -205,8 +205,8 @@ static void next_group(keys_t *k) {
 }
 
 /* The next row of a head of K. out: k_dim floats, each a bfloat16 if `narrow`. */
-INLINE void next_key(keys_t *k, int64_t bits, int narrow, float *out) {
-    int64_t dim = k->shape->k_dim, j = 0;
+INLINE void next_key(keys_t *k, int64_t dim, int64_t bits, int narrow, float *out) {
+    int64_t j = 0;
     if (k->token++ == k->end) next_group(k);
     uint8_t *codes = codes_of(k->row, dim, bits, k->codes);
     if (bits == 4)
@@ -277,10 +277,10 @@ INLINE void values_by(const uint8_t *codes, float middle, float step, int narrow
 }
 
 /* The next row of V, of any head. out: v_dim floats, each a bfloat16 if `narrow`. */
-INLINE void next_value(values_t *v, int64_t bits, int narrow, float *out) {
+INLINE void next_value(values_t *v, int64_t dim, int64_t bits, int narrow, float *out) {
     const shape_t *s = v->shape;
-    const uint8_t *codes = codes_of(v->row, s->v_dim, bits, v->codes);
-    int64_t part = s->v_dim / s->parts, block = part & -part;
+    const uint8_t *codes = codes_of(v->row, dim, bits, v->codes);
+    int64_t part = dim / s->parts, block = part & -part;
     float middle = bits == 8 ? 127.5f : 7.5f;
     if (block > WIDEST_BLOCK) block = WIDEST_BLOCK;
     for (int64_t j = 0, p = 0; p < s->parts; p++) {
@@ -291,7 +291,7 @@ INLINE void next_value(values_t *v, int64_t bits, int narrow, float *out) {
             else
                 values_by(codes + j, middle, step, narrow, block, out + j);
     }
-    v->row += row_nbytes(s->v_dim, bits);
+    v->row += row_nbytes(dim, bits);
 }
 
 #endif

@@ -87,22 +87,21 @@ static int is_sound(const stored_t *s, const placed_t *p) {
 }
 
 /* Codes to their positions, by way of one row of numbers that the L1 cache holds. */
-INLINE void put_codes_as(const stored_t *s, const placed_t *p, int64_t start, int64_t bits,
-                         int narrow) {
-    float row[p->dim], low[p->dim], step[p->dim];
-    uint8_t codes[CODES_NBYTES(p->dim)];
-    sixteen_t sixteens[SIXTEENS(p->dim)];
-    shape_t shape = shape_of(s, p);
+INLINE void put_codes_as(const stored_t *s, const placed_t *p, int64_t start, int64_t dim,
+                         int64_t rotary, int64_t bits, int narrow) {
+    float row[dim], low[dim], step[dim];
+    uint8_t codes[CODES_NBYTES(dim)];
+    sixteen_t sixteens[SIXTEENS(dim)];
+    shape_t shape = {p->heads, s->tokens, dim, dim, bits, s->groups, s->parts};
     layer_t layer = parts_of(s->data, &shape);
     const uint8_t *rows = layer.rows;
     for (int64_t head = 0; head < p->heads; head++) {
         keys_t keys = keys_of(&layer, &shape, head, rows, low, step, codes, sixteens);
         float *out = p->k + head * p->k_head + start * p->k_token;
         for (int64_t at = start; at < start + s->tokens; at++, out += p->k_token) {
-            next_key(&keys, bits, narrow, row);
-            if (p->rotary)
-                turn_f32(row, p->cos + at * p->rotary, p->sin + at * p->rotary, p->rotary, out);
-            widen_f32(row + p->rotary, p->dim - p->rotary, out + p->rotary);
+            next_key(&keys, dim, bits, narrow, row);
+            if (rotary) turn_f32(row, p->cos + at * rotary, p->sin + at * rotary, rotary, out);
+            widen_f32(row + rotary, dim - rotary, out + rotary);
         }
         rows = keys.row;
     }
@@ -110,19 +109,28 @@ INLINE void put_codes_as(const stored_t *s, const placed_t *p, int64_t start, in
     for (int64_t head = 0; head < p->heads; head++) {
         float *out = p->v + head * p->v_head + start * p->v_token;
         for (int64_t i = 0; i < s->tokens; i++, out += p->v_token)
-            next_value(&values, bits, narrow, out);
+            next_value(&values, dim, bits, narrow, out);
     }
 }
 
+/* With constants for the sizes that most models have. */
+#define PUT_CODES(bits, narrow)                                                                 \
+    static void put_codes_##bits##_##narrow(const stored_t *s, const placed_t *p, int64_t start) { \
+        if (p->dim == 64 && p->rotary == 64 && s->parts == 1)                                   \
+            put_codes_as(s, p, start, 64, 64, bits, narrow);                                    \
+        else                                                                                    \
+            put_codes_as(s, p, start, p->dim, p->rotary, bits, narrow);                         \
+    }
+PUT_CODES(8, 1)
+PUT_CODES(8, 0)
+PUT_CODES(4, 1)
+PUT_CODES(4, 0)
+
 static void put_codes(const stored_t *s, const placed_t *p, int64_t start) {
-    if (s->bits == 8 && s->kind)
-        put_codes_as(s, p, start, 8, 1);
-    else if (s->bits == 8)
-        put_codes_as(s, p, start, 8, 0);
-    else if (s->kind)
-        put_codes_as(s, p, start, 4, 1);
+    if (s->bits == 8)
+        (s->kind ? put_codes_8_1 : put_codes_8_0)(s, p, start);
     else
-        put_codes_as(s, p, start, 4, 0);
+        (s->kind ? put_codes_4_1 : put_codes_4_0)(s, p, start);
 }
 
 /* Each segment that is sound to the positions from starts[c] on: sound[c] tells which. The others

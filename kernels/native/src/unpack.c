@@ -28,14 +28,14 @@ INLINE void put_row_bf16(const float *row, int64_t n, bf16_t *out) {
         for (int64_t head = 0; head < s->heads; head++) {                                       \
             keys_t keys = keys_of(&layer, s, head, rows, low, step, codes, sixteens);           \
             for (int64_t i = 0; i < s->tokens; i++, k += s->k_dim) {                            \
-                next_key(&keys, bits, narrow, row);                                             \
+                next_key(&keys, s->k_dim, bits, narrow, row);                                             \
                 put_row_##type(row, s->k_dim, k);                                               \
             }                                                                                   \
             rows = keys.row;                                                                    \
         }                                                                                       \
         values_t values = {s, layer.steps, rows, codes};                                        \
         for (int64_t i = 0; i < s->heads * s->tokens; i++, v += s->v_dim) {                     \
-            next_value(&values, bits, narrow, row);                                             \
+            next_value(&values, s->v_dim, bits, narrow, row);                                             \
             put_row_##type(row, s->v_dim, v);                                                   \
         }                                                                                       \
     }                                                                                           \
