@@ -20,14 +20,15 @@ from typing import Any, Literal
 
 import torch
 
+from kvrag.answer import Control
 from kvrag.bench.frame import median, show
 from kvrag.bench.prompts import Prompts
 from kvrag.engine import Engine
 from kvrag.errors import InputError
 from kvrag.fusion import create
+from kvrag.fusion.stream import TierRead
 from kvrag.fusion.stream.io_threads import WIDTH
 from kvrag.passages import passage_chunks
-from kvrag.prefill import Prefilled
 from kvrag.store.block import Block, encode_header
 from kvrag.store.buffers import aligned_buffer
 from kvrag.store.residency import cached_share
@@ -155,8 +156,15 @@ def run(engines: Sequence[Engine], options: PipelineOptions) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
+    """What is kept of a run; see `Prefilled`. Not its cache: all runs' would fill the memory."""
+
     ttft_s: float
-    prefilled: Prefilled
+    tiers: tuple[str, ...]
+    load_s: float
+    stall_s: float
+    measured: dict[str, TierRead]
+    control: Control
+    effective_ratio: float
 
 
 class _Pipeline:
@@ -204,7 +212,15 @@ class _Pipeline:
             strategy=create(strategy, self._options.ratio),
             new_tokens=1,
         )
-        return _Run(time.perf_counter() - begun, prefilled)
+        return _Run(
+            time.perf_counter() - begun,
+            prefilled.tiers,
+            prefilled.load_s,
+            prefilled.stall_s,
+            prefilled.measured,
+            prefilled.control,
+            prefilled.effective_ratio,
+        )
 
     def storage_gb_s(self) -> float:
         """What as many plain reads at a time get from the same files without the page cache."""
@@ -239,8 +255,7 @@ def _row(
 ) -> dict[str, Any]:
     """base: the first codec's runs of the same turns."""
     ttft = [one.ttft_s for one in runs]
-    filled = [one.prefilled for one in runs]
-    tiers = sorted({tier for one in filled for tier in one.measured})
+    tiers = sorted({tier for one in runs for tier in one.measured})
     return {
         "strategy": strategy,
         "blocks": blocks,
@@ -248,15 +263,15 @@ def _row(
         "ttft_s": median(ttft),
         "ttft_ratio": median([a.ttft_s / b.ttft_s for a, b in zip(runs, base, strict=True)]),
         "ttft_range_s": [median([min(ttft)]), median([max(ttft)])],
-        "load_s": median([one.load_s for one in filled]),
-        "stall_s": median([one.stall_s for one in filled]),
-        "predicted_stall_s": _foreseen([one.control.predicted_stall_s for one in filled]),
-        "predicted_ttft_s": _foreseen([one.control.predicted_ttft_s for one in filled]),
-        "stall_error": _error((one.control.predicted_stall_s, one.stall_s) for one in filled),
-        "ttft_error": _error((one.prefilled.control.predicted_ttft_s, one.ttft_s) for one in runs),
-        "hidden": median([_hidden(one) for one in filled]),
-        "gb_s": {tier: median(_gb_s(tier, filled)) for tier in tiers},
-        "effective_ratio": median([one.effective_ratio for one in filled]),
+        "load_s": median([one.load_s for one in runs]),
+        "stall_s": median([one.stall_s for one in runs]),
+        "predicted_stall_s": _foreseen([one.control.predicted_stall_s for one in runs]),
+        "predicted_ttft_s": _foreseen([one.control.predicted_ttft_s for one in runs]),
+        "stall_error": _error((one.control.predicted_stall_s, one.stall_s) for one in runs),
+        "ttft_error": _error((one.control.predicted_ttft_s, one.ttft_s) for one in runs),
+        "hidden": median([_hidden(one) for one in runs]),
+        "gb_s": {tier: median(_gb_s(tier, runs)) for tier in tiers},
+        "effective_ratio": median([one.effective_ratio for one in runs]),
     }
 
 
@@ -279,13 +294,13 @@ def _milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1000 * seconds:.1f}"
 
 
-def _hidden(filled: Prefilled) -> float:
+def _hidden(run: _Run) -> float:
     """Share of loading that took the caller no time."""
-    return max(0.0, 1 - filled.stall_s / filled.load_s) if filled.load_s else 1.0
+    return max(0.0, 1 - run.stall_s / run.load_s) if run.load_s else 1.0
 
 
-def _gb_s(tier: str, filled: Sequence[Prefilled]) -> list[float]:
-    reads = [one.measured[tier] for one in filled if tier in one.measured]
+def _gb_s(tier: str, runs: Sequence[_Run]) -> list[float]:
+    reads = [one.measured[tier] for one in runs if tier in one.measured]
     return [read.nbytes / read.seconds / 1e9 for read in reads]
 
 

@@ -77,7 +77,7 @@ def test_blocks_lie_where_they_are_laid(folder, tmp_path):
                 with paths[block.header.key.digest].open("rb") as file:
                     share = cached_share(file.fileno(), 0, block.nbytes)
                 assert share in {None, 0.0 if place(index, 4) == "cold" else 1.0}
-            tiers = bench.run("reuse").prefilled.tiers
+            tiers = bench.run("reuse").tiers
             assert tiers == tuple("ram" if place(i, 4) == "ram" else "disk" for i in range(4))
 
 

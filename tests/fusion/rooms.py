@@ -19,7 +19,7 @@ from kvrag.generation.prefix_cache import PrefixCache
 from kvrag.models.source import open_model
 from kvrag.prefill import Prefill, Prefilled
 from kvrag.prompting import PromptLayout
-from kvrag.store.codecs import codec
+from kvrag.store.codecs import codec as named_codec
 from kvrag.store.disk import DiskTier
 from kvrag.store.keys import BlockKey, KeyMaker
 from kvrag.store.ram import RamTier
@@ -99,6 +99,7 @@ class Room:
         corpus_prefix: Sequence[int] = tuple(PREFIX),
         tier: Tier | None = None,
         kernels_dir: Path | None = None,
+        codec: str = "raw",
     ) -> None:
         self.model = open_model(str(folder), folder, dtype=dtype, kernels_dir=kernels_dir)
         tier = tier or (RamTier() if root is None else DiskTier(root))
@@ -108,7 +109,7 @@ class Room:
             self.model,
             self.store,
             KeyMaker(bytes(range(32))),
-            codec("raw"),
+            named_codec(codec),
             self.prefixes,
             namespace="tests",
             prefix_ids=corpus_prefix,

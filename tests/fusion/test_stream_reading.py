@@ -618,7 +618,7 @@ def test_read_times_count_overlaps_once():
 
 
 def test_a_group_waits_until_it_fits():
-    reads = ChunkReads(None, range(12))
+    reads = ChunkReads(None, RAW, range(12), placing=False)
     assert reads.next_group(end=4, largest=2) == (0, 1)
     assert reads.next_group(end=4, largest=2) is None  # one at a time
     reads.deliver(0, [(None, None)])

@@ -99,12 +99,12 @@ class ChunkReads:
 
     def deliver(self, first: int, layers: Sequence[LayerKV | memoryview]) -> None:
         """The group that was under way is there."""
-        segments, stored = self.reader.header.segments, self.stored
         for layer, kv in enumerate(layers, start=first):
             if not isinstance(kv, memoryview):
                 self._ready[layer] = kv
-            elif stored is not None:
-                stored.hold(layer, kv, [StoredSegment(0, len(kv), segments[layer].length, None)])
+            elif self.stored is not None:
+                length = self.reader.header.segments[layer].length
+                self.stored.hold(layer, kv, [StoredSegment(0, len(kv), length, None)])
         self._at += len(layers)
         self._reading = False
 
