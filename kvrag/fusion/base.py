@@ -67,7 +67,7 @@ class PlacingStream(LayerStream, Protocol):
         """As `next_layer`, with None for the chunks that `place` has written.
 
         Args:
-            place: is given chunks by their numbers in the prompt, each at most once, writes this
+            place: is given chunks by their numbers in the prompt, perhaps in parts, writes this
                 layer of the sound ones where they belong, and returns the others, which then
                 come as if they had been found damaged anywhere else.
         """

@@ -8,12 +8,12 @@ import torch
 from kvrag.fusion import create
 from kvrag.fusion.stream import BlockStream
 from kvrag.kernels.native import load, put_stored
-from kvrag.store.block import encode_block
 from kvrag.store.codecs import codec
 from kvrag.store.disk import DiskTier
 from kvrag.store.ram import RamTier
 from tests.fusion.checks import check_released, check_same_cache
 from tests.fusion.rooms import CHUNKS, Room
+from tests.fusion.test_resident import PLACES, flip
 
 LAYERS = 4
 
@@ -35,19 +35,6 @@ def made_room(tiny, tier, native_dir, name):
     room = Room(tiny("llama"), dtype=torch.bfloat16, tier=tier, kernels_dir=native_dir, codec=name)
     room.add(*CHUNKS)
     return room
-
-
-def shortened(room, chunk, layer):
-    """A sound block, but for one segment that ends before its codes do."""
-    block = room.blocks.compute(chunk)
-    header = block.header
-    segments = [
-        bytes(view[: part.length - 40 * (index == layer)])
-        for index, (view, part) in enumerate(zip(block.segments, header.segments, strict=True))
-    ]
-    names = ("key", "kind", "fingerprint", "token_ids", "k_shape", "v_shape", "dtype", "codec")
-    same = {name: getattr(header, name) for name in (*names, "codec_version", "codec_digest")}
-    return encode_block(segments=segments, **same)
 
 
 @pytest.mark.parametrize("name", ["raw", "int8", "int4"])
@@ -72,24 +59,19 @@ def test_placing_what_is_stored_changes_no_bit(tiny, tier, native_dir, name, str
     check_released(room)
 
 
-@pytest.mark.parametrize("placing", [True, False])
+@pytest.mark.parametrize("place", list(PLACES))
 @pytest.mark.parametrize("layer", range(LAYERS))
-@pytest.mark.parametrize("name", ["raw", "int8", "int4"])
-def test_a_segment_too_short_for_its_codes(
-    tiny, tier, native_dir, name, layer, placing, monkeypatch
-):
-    """Its checksum fits. The chunk is computed, and the others are used."""
-    if not placing:
-        monkeypatch.setattr(BlockStream, "place_layer", lambda self, place: self.next_layer())
-    room = made_room(tiny, tier, native_dir, name)
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_bit_that_flips_in_memory_is_found(tiny, native_dir, name, layer, place):
+    """Its chunk is computed; the others are used."""
+    room = made_room(tiny, RamTier(), native_dir, name)
     expected = room.run(CHUNKS, create("reuse"))
-    block = shortened(room, CHUNKS[1], layer)
-    room.store.delete(block.header.key)
-    room.store.put(block.header.key, block)
+    flip(room, CHUNKS[1], layer, place)
     found = room.run(CHUNKS, create("reuse"))
-    assert found.tiers == (tier.name, "computed", tier.name)
+    assert found.tiers == ("ram", "computed", "ram")
     assert torch.equal(found.logits, expected.logits)
     check_same_cache(found, expected)
+    assert room.run(CHUNKS, create("reuse")).tiers == ("ram",) * 3
     check_released(room)
 
 
