@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,10 @@ class BufferPool:
     def __init__(self, keep_nbytes: int) -> None:
         self._keep_nbytes = keep_nbytes
         self._lock = threading.Lock()
-        self._free: list[_Bytes] = []  # the longest unused first
+        #: What is kept, by the order in which it came back, and those numbers by size.
+        self._free: OrderedDict[int, _Bytes] = OrderedDict()
+        self._by_size: dict[int, list[int]] = {}
+        self._came_back = 0
         self._free_nbytes = 0
         #: What watches its views, and the memory, by the watcher's id: arrays have no hash.
         self._lent: dict[int, tuple[weakref.ref[Any], _Bytes]] = {}
@@ -94,28 +97,39 @@ class BufferPool:
             try:
                 while self._returned:
                     _, whole = self._lent.pop(self._returned.popleft())
-                    self._free.append(whole)
-                    self._free_nbytes += len(whole)
+                    self._keep_locked(whole)
                 self._trim_locked()
             finally:
                 self._lock.release()
 
+    def _keep_locked(self, whole: _Bytes) -> None:
+        self._came_back += 1
+        self._free[self._came_back] = whole
+        self._by_size.setdefault(len(whole), []).append(self._came_back)
+        self._free_nbytes += len(whole)
+
     def _trim_locked(self) -> None:
         while self._free_nbytes > self._keep_nbytes:
-            self._free_nbytes -= len(self._free.pop(0))
+            number, whole = self._free.popitem(last=False)
+            self._forget_locked(number, len(whole))
 
     def _fitting_locked(self, nbytes: int) -> _Bytes | None:
         """The smallest that is large enough, unless too much of it would be wasted."""
-        fitting = [
-            (len(whole), place)
-            for place, whole in enumerate(self._free)
-            if nbytes <= len(whole) <= nbytes / _FIT
-        ]
-        if not fitting:
+        # There are few sizes: those of a model's layers and blocks.
+        size = min((size for size in self._by_size if nbytes <= size <= nbytes / _FIT), default=0)
+        if not size:
             return None
-        whole = self._free.pop(min(fitting)[1])
-        self._free_nbytes -= len(whole)
+        number = self._by_size[size][-1]  # used last: the likeliest to lie in the cache
+        whole = self._free.pop(number)
+        self._forget_locked(number, size)
         return whole
+
+    def _forget_locked(self, number: int, size: int) -> None:
+        of_size = self._by_size[size]
+        of_size.remove(number)
+        if not of_size:
+            del self._by_size[size]
+        self._free_nbytes -= size
 
 
 def _aligned(nbytes: int) -> _Bytes:

@@ -26,6 +26,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from .block import BlockHeader, decode_header
+from .buffers import BufferPool
 from .errors import BlockFormatError, InvalidKeyError
 from .header_bytes import PREAMBLE_NBYTES
 from .keys import BlockKey
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 
 __all__ = ["RedisTier"]
 
+#: A field of a hash: small ones are bytes, a layer may be a view of memory that is used again.
+_Value = bytes | memoryview | None
+
 _HEADER, _STAMP = b"h", b"s"
 _STAMP_BYTES = struct.Struct("<Q8s")
 _CHECKSUM = slice(PREAMBLE_NBYTES, PREAMBLE_NBYTES + 8)
@@ -49,6 +53,8 @@ _SCAN_COUNT = 1000
 #: Keys a pipeline of a batch: with headers, half a MiB of answers.
 _BATCH = 128
 _MAX_PREFIX = 64
+#: Memory kept for the next answers: what a prompt of 4,096 tokens takes of a small model.
+_KEPT_NBYTES = 2**27
 
 
 class RedisTier(Tier):
@@ -96,12 +102,14 @@ class RedisTier(Tier):
         self._address = RedisAddress.parse(url)
         #: Headers, each with the stamp of its version.
         self._headers: Recent[tuple[bytes, BlockHeader]] = Recent()
+        self._buffers = BufferPool(_KEPT_NBYTES)
         self._link = RedisLink(
             self._address,
             name,
             connect_timeout_s=connect_timeout_s,
             timeout_s=timeout_s,
             connections=connections,
+            buffers=self._buffers,
         )
 
     def __repr__(self) -> str:
@@ -216,6 +224,7 @@ class RedisTier(Tier):
     def close(self) -> None:
         self._link.close()
         self._headers.clear()
+        self._buffers.clear()
 
     def _name(self, key: BlockKey) -> bytes:
         return self._prefix + str(key).encode()
@@ -237,24 +246,25 @@ class RedisTier(Tier):
         stamp, head = found
         return self._decode(key, head, stamp)
 
-    def _decode(self, key: BlockKey, head: bytes | None, stamp: bytes | None) -> BlockHeader:
+    def _decode(self, key: BlockKey, head: _Value, stamp: _Value) -> BlockHeader:
         """The header in a block's own fields, kept for the next read. Raises `BlockFormatError`."""
         if head is None or stamp is None:
             raise BlockFormatError(f"the field {(_HEADER if head is None else _STAMP)!r} is gone")
+        head, stamp = bytes(head), bytes(stamp)
         header = decode_header(head, expect_key=key)
         if stamp != _stamp(header.nbytes, head):
             raise BlockFormatError("the block has another size or version than its header says")
         self._headers.keep(key, (stamp, header))
         return header
 
-    def _fields(self, reply: object, count: int) -> list[bytes | None] | None:
+    def _fields(self, reply: object, count: int) -> list[_Value] | None:
         """The values of `count` fields. Raises `BlockFormatError` if no hash lies there."""
         if self._link.refused(reply) is not None:
             raise BlockFormatError("what lies in the block's place is no hash")
         if (
             not isinstance(reply, list)
             or len(reply) != count
-            or not all(value is None or isinstance(value, bytes) for value in reply)
+            or not all(value is None or isinstance(value, bytes | memoryview) for value in reply)
         ):
             raise self._link.malformed("something else than the fields of a hash")
         return reply
@@ -288,7 +298,7 @@ def _stamp(nbytes: int, head: bytes) -> bytes:
     return _STAMP_BYTES.pack(nbytes, head[_CHECKSUM])
 
 
-def _segment(header: BlockHeader, index: int, value: bytes | None) -> memoryview:
+def _segment(header: BlockHeader, index: int, value: _Value) -> memoryview:
     wanted = header.segments[index].padded_nbytes
     if value is None or len(value) != wanted:
         got = "gone" if value is None else f"{len(value)} bytes long"

@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from .errors import TierError, TierFullError
+from .redis_answers import READ_NBYTES, parser_into
 
 if TYPE_CHECKING:
+    from .buffers import BufferPool
     from .redis_address import RedisAddress
 
 __all__ = ["Command", "RedisLink"]
@@ -22,9 +24,8 @@ __all__ = ["Command", "RedisLink"]
 #: A command and its arguments: text, numbers, bytes or views of bytes.
 Command = tuple[Any, ...]
 
-#: Bytes asked of the socket at a time. A layer is some hundred KiB: fewer calls, one buffer a
-#: connection.
-_READ_NBYTES = 2**18
+#: Bytes asked of a cluster's sockets at a time. A layer is some hundred KiB: fewer calls.
+_CLUSTER_READ_NBYTES = 2**18
 #: Answers that say that nothing can be written, while reading goes on.
 _READ_ONLY = ("OOM ", "READONLY ", "MISCONF ", "NOREPLICAS ")
 
@@ -43,14 +44,19 @@ class RedisLink:
         connect_timeout_s: float,
         timeout_s: float,
         connections: int,
+        buffers: BufferPool,
     ) -> None:
-        """`tier` is the name in errors, `connections` how many there are at most."""
+        """`tier` is the name in errors, `connections` how many there are at most.
+
+        `buffers`: memory for large values of answers.
+        """
         import redis  # an extra; what is missing is told here and not by the first query
 
         self._errors = redis.exceptions
         self._address, self._tier = address, tier
         self._connect_timeout_s, self._timeout_s = connect_timeout_s, timeout_s
         self._connections = connections
+        self._buffers = buffers
         self._free = threading.BoundedSemaphore(connections)
         self._lock = threading.Lock()
         self._client: Any = None
@@ -59,6 +65,8 @@ class RedisLink:
 
     def run(self, *commands: Command, atomic: bool = False) -> list[Any]:
         """Send the commands together; their answers, in order, bytes where they are text.
+
+        Large ones may be read-only views of bytes.
 
         An answer that is an error stands in its place as an exception, see `refused`. `atomic`: no
         other client's command comes between, and all are done or none; then any error is raised.
@@ -99,9 +107,9 @@ class RedisLink:
                 key = next(keys, None)
                 if key is None:
                     return
-                if not isinstance(key, bytes):
+                if not isinstance(key, bytes | memoryview):
                     raise TypeError("a key is no bytes")
-            yield key
+            yield bytes(key)
 
     def close(self) -> None:
         """Drop the connections, also those in use. A second call does nothing."""
@@ -174,7 +182,6 @@ class RedisLink:
 
     def _open(self) -> Any:
         import redis
-        from redis._parsers import _RESP2Parser
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
@@ -186,7 +193,7 @@ class RedisLink:
         }
         common: dict[str, Any] = {
             **sockets,
-            "socket_read_size": _READ_NBYTES,
+            "socket_read_size": READ_NBYTES,
             "max_connections": self._connections,
             "protocol": 2,
             **address.login,
@@ -197,10 +204,11 @@ class RedisLink:
             from redis.cluster import ClusterNode, RedisCluster
 
             nodes = [ClusterNode(host, port) for host, port in address.nodes]  # type: ignore[no-untyped-call]
+            common["socket_read_size"] = _CLUSTER_READ_NBYTES
             return RedisCluster(startup_nodes=nodes, retry=once, **common, **tls)
         # Not hiredis, where that is installed: it takes as much memory as an answer announces, GBs
         # for a few bytes of garbage. (A cluster's connections cannot be told.)
-        common |= {"retry": once, "db": address.db, "parser_class": _RESP2Parser}
+        common |= {"retry": once, "db": address.db, "parser_class": parser_into(self._buffers)}
         if address.kind == "sentinel":
             from redis.sentinel import Sentinel
 

@@ -6,7 +6,9 @@ import logging
 import struct
 import threading
 import time
+import tracemalloc
 
+import numpy as np
 import pytest
 
 from kvrag.store.block import verify_segment
@@ -14,6 +16,7 @@ from kvrag.store.errors import BlockFormatError, TierError, TierFullError
 
 from .contract import TierContract
 from .helpers import make_block, make_key, whole_bytes
+from .proxy import Proxy
 
 pytestmark = pytest.mark.redis
 
@@ -47,6 +50,10 @@ def make_tier(url, **options):
     from kvrag.store.redis import RedisTier
 
     return RedisTier(url, **options)
+
+
+def address(view):
+    return np.frombuffer(view, dtype=np.uint8).ctypes.data
 
 
 def name_of(key, prefix="kvrag:"):
@@ -106,12 +113,65 @@ def test_layers_are_read_by_one_hmget_that_fetches_no_other(tier, client):
     assert 2 * PAGE < stats < 3 * PAGE + 2 * replies
 
 
-def test_returned_memory_is_what_the_client_received(tier):
-    """Without a copy of ours: views of the bytes that redis-py made of the answer."""
+def test_layers_are_received_where_they_stay(tier):
+    """Aligned, and in memory that was used before."""
+    block = make_block(1, layers=3, segment_nbytes=200_000)
+    tier.put(make_key(1), block)
+    found = tier.segments(make_key(1), 0, 3)
+    assert found == list(block.segments)
+    places = {address(view) for view in found}
+    assert all(place % PAGE == 0 for place in places)
+    del found
+    again = tier.segments(make_key(1), 0, 3)
+    assert again == list(block.segments)
+    assert {address(view) for view in again} == places
+
+
+@pytest.mark.parametrize("nbytes", [2**16 - PAGE, 2**16, 2**16 + PAGE, 2**20, 2**24 + PAGE])
+def test_values_of_every_size_come_whole_one_after_the_other(tier, nbytes):
+    block = make_block(1, layers=3, segment_nbytes=nbytes)
+    tier.put(make_key(1), block)
+    assert tier.segments(make_key(1), 0, 3) == list(block.segments)
+    assert tier.segments(make_key(1), 1, 2) == [block.segments[1]]
+    assert tier.header(make_key(1)) == block.header
+
+
+def test_an_answer_that_announces_more_than_comes_takes_no_memory(server):
+    """hiredis asks the system for GBs after a few bytes of garbage."""
+    with Proxy(server.port) as proxy, make_tier(proxy.url, timeout_s=0.3) as tier:
+        tier.contains(make_key(1))  # it is connected
+        proxy.garbage = b"*2\r\n$%d\r\nabc" % 2**30
+        tracemalloc.start()
+        try:
+            with pytest.raises(TierError):
+                tier.header(make_key(1))
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 2**22
+
+
+def test_a_connection_that_ends_within_a_layer_is_an_outage(server, tier):
+    tier.put(make_key(1), make_block(1, segment_nbytes=200_000))
+    with Proxy(server.port) as proxy, make_tier(proxy.url, timeout_s=0.3) as behind:
+        behind.header(make_key(1))
+        proxy.budget = 250_000
+        with pytest.raises(TierError):
+            behind.segments(make_key(1), 0, 2)
+        proxy.budget = None
+        # Nothing of the answer that was cut short is taken for the next one.
+        found = behind.segments(make_key(1), 0, 2)
+        assert found == list(make_block(1, segment_nbytes=200_000).segments)
+
+
+def test_a_strangers_key_may_be_of_any_size(tier, client):
     tier.put(make_key(1), make_block(1))
-    for view in tier.segments(make_key(1), 0, 2):
-        assert isinstance(view.obj, bytes)
-        assert len(view.obj) == len(view)
+    client.set("kvrag:" + "x" * 100_000, "value")
+    client.hset(name_of(make_key(2)), mapping={"h": b"h" * 100_000, "s": b"s" * 100_000})
+    assert set(tier.keys()) == {make_key(1), make_key(2)}
+    assert [entry.key for entry in tier.entries()] == [make_key(1)]
+    with pytest.raises(BlockFormatError):
+        tier.header(make_key(2))
 
 
 def test_a_block_that_another_writes_over_a_known_one(server, tier):
