@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from kvrag.answer import Control, TokenCounts, TokenReport
-from kvrag.blocks import MOST_WAIT_S, ChunkBlocks, PlacedBlocks
+from kvrag.blocks import MOST_WAIT_S, ChunkBlocks, PlacedBlocks, open_chunks
 from kvrag.errors import InputError, PromptTooLongError
 from kvrag.fusion.base import FusionReport, FusionStrategy, fuse
 from kvrag.fusion.controller import ChunkSource, Controller, Decision
@@ -304,12 +304,13 @@ class _Run:
 
     def _open(self, opened: ExitStack) -> list[BlockReader | None]:
         """A reader of each chunk to load, which `opened` closes; None where no tier has one."""
-        readers: list[BlockReader | None] = []
-        for chunk in self._held.to_load if self._strategy.uses_blocks else ():
-            reader = self._blocks[chunk].open(self._prompt.chunks[chunk].token_ids)
+        wanted = self._held.to_load if self._strategy.uses_blocks else ()
+        readers = open_chunks(
+            [(self._blocks[chunk], self._prompt.chunks[chunk].token_ids) for chunk in wanted]
+        )
+        for reader in readers:
             if reader is not None:
                 opened.callback(reader.close)
-            readers.append(reader)
         return readers
 
     def _decide(self, readers: Sequence[BlockReader | None]) -> Decision:

@@ -88,7 +88,7 @@ class KVHandle:
 
     def _load(self) -> None:
         try:
-            reader = self._blocks.open(self._token_ids)
+            reader = self._blocks.open(self._token_ids, whole=True)
             if reader is None:
                 with self._lock:
                     self._tier = None

@@ -19,7 +19,7 @@ from .residency import cached_share
 if TYPE_CHECKING:
     from .buffers import BufferPool
 
-__all__ = ["read_range", "uncached"]
+__all__ = ["fill", "memory_for", "read_range", "uncached"]
 
 _MEMORY_NBYTES = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 #: Smaller reads are as fast through the page cache, which reads ahead.
@@ -41,25 +41,38 @@ def uncached(descriptor: int, offset: int, nbytes: int) -> bool:
 def read_range(
     descriptor: int, offset: int, nbytes: int, buffers: BufferPool, *, direct: bool = False
 ) -> memoryview:
-    """The bytes of the file, in memory from `buffers`.
+    """The bytes of the file, in memory from `buffers`. See `memory_for` and `fill`."""
+    data = memory_for(descriptor, offset, nbytes, buffers)
+    fill(descriptor, offset, data, direct=direct)
+    return data
 
-    `direct`: past the page cache, where the file system has that; else through it. Raises
-    `BlockFormatError` if the file is shorter or the device cannot read it, `OSError`, and
-    `MemoryError` if there is none at the moment.
+
+def memory_for(descriptor: int, offset: int, nbytes: int, buffers: BufferPool) -> memoryview:
+    """Memory from `buffers` for that range of the file.
+
+    Raises `BlockFormatError` if the file is shorter, and `MemoryError` if there is none at present.
     """
     # What a header announces is never allocated before the file is known to have it.
     if os.fstat(descriptor).st_size < offset + nbytes:
         raise BlockFormatError(f"the file is cut short: {offset + nbytes} bytes are needed")
     try:
-        data = buffers.take(nbytes)
+        return buffers.take(nbytes)
     except MemoryError as exc:
         if nbytes <= _MEMORY_NBYTES:
             raise  # there is none at the moment, and the block may be sound
         # A file with holes may be of any size and take no room.
         raise BlockFormatError(f"{nbytes} bytes of the block do not fit into memory") from exc
+
+
+def fill(descriptor: int, offset: int, data: memoryview, *, direct: bool = False) -> None:
+    """Read what the file has from `offset` on into all of `data`.
+
+    `direct`: past the page cache, where the file system has that; else through it. Raises
+    `BlockFormatError` if the file is shorter or the device cannot read it, and `OSError`.
+    """
     direct = direct and _set_flag(descriptor, _DIRECT)
     done = 0
-    while done < nbytes:
+    while done < len(data):
         try:
             got = os.preadv(descriptor, [data[done:]], offset + done)
         except OSError as exc:
@@ -74,7 +87,6 @@ def read_range(
         if not got:
             raise BlockFormatError("the file was cut short while it was read")
         done += got
-    return data
 
 
 def _set_flag(descriptor: int, direct: int) -> bool:

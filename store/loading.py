@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from .block import Block, BlockHeader, encode_header, verify_segments
 from .errors import BlockFormatError, DamagedBlockError, StoreError, TierError
+from .maintenance import read_block
 from .resident import Resident
 from .sealing import is_sealed
 
@@ -23,9 +25,12 @@ if TYPE_CHECKING:
     from .placement import Placement
     from .slot import Slot
 
-__all__ = ["Expected", "Fetched", "Loading"]
+__all__ = ["Expected", "Fetched", "Loading", "find"]
 
 _log = logging.getLogger(__name__)
+
+#: What a tier says when it is asked for a header.
+_Answer = BlockHeader | BlockFormatError | TierError | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,7 @@ class Loading:
         self._header: BlockHeader | None = None
         self._slot: Slot | None = None
         self._receipt: Receipt | None = None
+        self._brought: list[memoryview] | None = None  # with the header, verified
         self._held: list[memoryview | None] = []
         self._missing = 0
         self._failure: DamagedBlockError | None = None
@@ -93,6 +99,11 @@ class Loading:
     @property
     def failed(self) -> bool:
         return self._failure is not None
+
+    @property
+    def found(self) -> bool:
+        """Whether a tier has it, or had it when it was last looked at."""
+        return self._slot is not None
 
     @property
     def header(self) -> BlockHeader:
@@ -114,23 +125,6 @@ class Loading:
         """See `Tier.cached_share`; of the tier that the block is read from."""
         slot = self._slot
         return None if slot is None else slot.tier.cached_share(self.header)
-
-    def find(self) -> bool:
-        """Seek the block, fastest tier first, unless that was done before; whether it was found."""
-        slot = self._slot if self._sought else None
-        if slot is None:  # else without waiting for a read that is under way
-            with self._lock:
-                if not self._sought:
-                    self._seek(0)
-                    if self._header is not None:
-                        self._held = [None] * len(self._header.segments)
-                        self._missing = len(self._held)
-                    self._sought = True
-                slot = self._slot
-        if slot is None:
-            return False
-        slot.count(hits=1)
-        return True
 
     def fetch(self, first: int, last: int) -> Fetched:
         """Segments `first` … `last - 1`; runs of those that are not held are one read each."""
@@ -181,6 +175,7 @@ class Loading:
         """The last handle is closed."""
         with self._lock:
             self._unpin()
+            self._brought = None
             self._held = [None] * len(self._held)
 
     def _range(self, first: int, last: int) -> list[memoryview] | None:
@@ -201,6 +196,8 @@ class Loading:
         """Read from the present tier, or from the next one that has the same block; bytes read."""
         if self._failure is not None:
             raise self._failure
+        if self._brought is not None:
+            return self._keep(first, self._brought[first:last])
         name, reason = self.tier, "the block is gone"
         while self._slot is not None:
             slot, name = self._slot, self._slot.name
@@ -209,6 +206,7 @@ class Loading:
                 with slot.asked("read"):
                     views = slot.tier.segments(self.expected.key, first, last)
                 if views is not None:
+                    verify_segments(self.header, first, views)
                     return self._keep(first, views)
                 self._placement.correct(slot, self.expected.key)
                 reason = "the block is gone"
@@ -218,31 +216,39 @@ class Loading:
                 reason = str(exc)
                 self._judge(slot, reason, read=(first, last))
             self._unpin()
-            self._seek(self._placement.slots.index(slot) + 1)
+            _seek([self], start=self._placement.slots.index(slot) + 1)
         self._failure = DamagedBlockError(self.expected.key, name, reason)
         raise self._failure
 
     def _keep(self, first: int, views: list[memoryview]) -> int:
-        verify_segments(self.header, first, views)
         self._held[first : first + len(views)] = views
         self._missing -= len(views)
+        if not self._missing:
+            self._brought = None
         nbytes = sum(map(len, views))
         if self._slot is not None:
             self._slot.count(bytes_read=nbytes)
         return nbytes
 
-    def _judge(self, slot: Slot, reason: str, *, read: tuple[int, int] | None = None) -> None:
+    def _judge(
+        self,
+        slot: Slot,
+        reason: str,
+        *,
+        read: tuple[int, int] | None = None,
+        whole: bool = False,
+    ) -> None:
         """Quarantine a copy found damaged, unless a second look finds it sound.
 
         It was read without the lock of its key, so another version may have been put in its place
         meanwhile, even the same one again, unseen; else the tier erred once: both are counted.
-        `read`: the segments that did not fit a sound header.
+        `read`: the segments that did not fit a sound header; `whole`: anything of it may not.
         """
         key = self.expected.key
         with self._placement.writing.held(key):
             try:
                 with slot.asked():
-                    erred = self._is_sound(slot, read)
+                    erred = self._is_whole(slot) if whole else self._is_sound(slot, read)
             except TierError:
                 return
             except BlockFormatError:
@@ -271,45 +277,138 @@ class Loading:
         verify_segments(header, read[0], views)
         return bool(views)
 
-    def _seek(self, start: int) -> None:
-        """Settle on the first tier from `start` on that has the block, or on none."""
-        self._slot = None
-        for slot in self._placement.slots[start:]:
-            if not slot.usable():
-                continue
-            receipt = slot.ledger.pin(self.expected.key)
-            header = self._look(slot, known=receipt is not None)
-            if header is not None and self._header in (None, header):
-                self._header = header
-                self._slot = slot
-                self._receipt = receipt or self._placement.adopt(slot, header)
-                return
-            if receipt is not None:
-                slot.ledger.unpin(receipt)
-
-    def _look(self, slot: Slot, *, known: bool) -> BlockHeader | None:
-        key = self.expected.key
-        try:
-            with slot.asked("lookup"):
-                header = slot.tier.header(key)
-        except TierError:
-            return None
-        except BlockFormatError as exc:
-            self._judge(slot, str(exc))
-            return None
-        if header is None or is_sealed(header):
-            # A sealed one has no key here that opens it: it is not damaged, but of no use.
-            slot.count(misses=1)
-            if known:
-                self._placement.correct(slot, key)
-            return None
-        mismatch = self.expected.mismatch(header)
+    def _is_whole(self, slot: Slot) -> bool:
+        """As `_is_sound`, of all there is."""
+        block = read_block(slot.tier, self.expected.key)
+        mismatch = None if block is None else self.expected.mismatch(block.header)
         if mismatch is not None:
-            self._judge(slot, mismatch)
-            return None
-        return header
+            raise BlockFormatError(mismatch)
+        return block is not None
 
     def _unpin(self) -> None:
         if self._slot is not None and self._receipt is not None:
             self._slot.ledger.unpin(self._receipt)
         self._receipt = None
+
+    # -- seeking, of which `find` and `_seek` do the part that is common to several ----------------
+
+    def _begin(self) -> None:
+        """What is to be read is known now, if anything."""
+        if self._header is not None:
+            self._held = [None] * len(self._header.segments)
+            self._missing = len(self._held)
+        self._sought = True
+
+    def _bring(self, slot: Slot) -> _Answer:
+        """All of the block, verified as it comes, so that reading has nothing left to do."""
+        try:
+            with slot.asked("read"):
+                found = slot.tier.whole(self.expected.key, _verify)
+        except (TierError, BlockFormatError) as exc:
+            return exc
+        if found is None:
+            return None
+        header, self._brought = found
+        return header
+
+    def _settle(self, slot: Slot, receipt: Receipt | None, answer: _Answer, *, whole: bool) -> bool:
+        """Whether the block is read from that tier, which gave this answer when asked for it.
+
+        One that is not in the tier's books, where it has no receipt, has still to be entered.
+        """
+        header = self._sound(slot, answer, known=receipt is not None, whole=whole)
+        if header is not None and self._header in (None, header):
+            self._header, self._slot, self._receipt = header, slot, receipt
+            return True
+        self._brought = None
+        if receipt is not None:
+            slot.ledger.unpin(receipt)
+        return False
+
+    def _sound(
+        self, slot: Slot, answer: _Answer, *, known: bool, whole: bool
+    ) -> BlockHeader | None:
+        if isinstance(answer, TierError):
+            return None
+        if isinstance(answer, BlockFormatError):
+            self._judge(slot, str(answer), whole=whole)
+            return None
+        if answer is None or is_sealed(answer):
+            # A sealed one has no key here that opens it: it is not damaged, but of no use.
+            slot.count(misses=1)
+            if known:
+                self._placement.correct(slot, self.expected.key)
+            return None
+        mismatch = self.expected.mismatch(answer)
+        if mismatch is not None:
+            self._judge(slot, mismatch)
+            return None
+        return answer
+
+
+def find(loadings: Sequence[Loading], *, whole: bool = False) -> None:
+    """Seek the blocks, fastest tier first, those that were not sought before.
+
+    A tier is asked for all at once. `whole`: they will be read to the end, so what a tier that is
+    no memory knows of is read at once.
+    """
+    # Who has sought holds the lock only while it reads, and is not waited for.
+    unsought = {id(loading): loading for loading in loadings if not loading._sought}
+    if unsought:
+        with ExitStack() as locks:
+            for _, loading in sorted(unsought.items()):  # in one order, for others do the same
+                locks.enter_context(loading._lock)
+            left = [loading for loading in unsought.values() if not loading._sought]
+            _seek(left, whole=whole)
+            for loading in left:
+                loading._begin()
+    for loading in loadings:
+        if (slot := loading._slot) is not None:
+            slot.count(hits=1)
+
+
+def _seek(loadings: Sequence[Loading], *, start: int = 0, whole: bool = False) -> None:
+    """Settle each on the first tier from `start` on that has the block, or on none.
+
+    With their locks held. All are of one store.
+    """
+    left = list(loadings)
+    for loading in left:
+        loading._slot = None
+    for slot in left[0]._placement.slots[start:] if left else ():
+        if not left or not slot.usable():
+            continue
+        receipts = [slot.ledger.pin(loading.expected.key) for loading in left]
+        # Of what is not in the books, nobody knows how much it would be.
+        brought = [whole and not slot.in_process and receipt is not None for receipt in receipts]
+        asked = [loading for loading, bring in zip(left, brought, strict=True) if not bring]
+        headers = iter(_headers(slot, asked))
+        settled, still = [], []
+        for loading, receipt, bring in zip(left, receipts, brought, strict=True):
+            answer = loading._bring(slot) if bring else next(headers)
+            if loading._settle(slot, receipt, answer, whole=bring):
+                settled.append(loading)
+            else:
+                still.append(loading)
+        unknown = [loading for loading in settled if loading._receipt is None]
+        if unknown:
+            headers_of = [loading.header for loading in unknown]
+            adopted = left[0]._placement.adopt(slot, headers_of)
+            for loading, receipt in zip(unknown, adopted, strict=True):
+                loading._receipt = receipt
+        left = still
+
+
+def _headers(slot: Slot, loadings: Sequence[Loading]) -> Sequence[_Answer]:
+    if not loadings:
+        return ()
+    try:
+        with slot.asked("lookup"):
+            return slot.tier.headers([loading.expected.key for loading in loadings])
+    except TierError as exc:
+        return [exc] * len(loadings)
+
+
+def _verify(header: BlockHeader, first: int, views: Sequence[memoryview]) -> None:
+    if not is_sealed(header):  # else it is not for us to judge
+        verify_segments(header, first, views)

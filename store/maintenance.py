@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from .block import Block, encode_header, verify_segment
+from .block import Block, encode_header, verify_segments
 from .errors import BlockFormatError
 
 if TYPE_CHECKING:
@@ -46,13 +46,11 @@ class Copied:
 
 def read_block(tier: Tier, key: BlockKey) -> Block | None:
     """The whole block, every byte verified, or None. Raises `BlockFormatError` and `TierError`."""
-    header = tier.header(key)
-    views = None if header is None else tier.segments(key, 0, len(header.segments))
-    if header is None or views is None:
+    found = tier.whole(key, verify_segments)
+    if found is None:
         return None
-    for index, view in enumerate(views):
-        verify_segment(header, index, view)
-    return Block(header, encode_header(header), tuple(views))
+    header, segments = found
+    return Block(header, encode_header(header), tuple(segments))
 
 
 def verify_blocks(tier: Tier, keys: Iterable[BlockKey], *, repair: bool) -> Iterator[Finding]:

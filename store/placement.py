@@ -96,7 +96,9 @@ class Placement:
             reason = self._admit(slot, key, block)
             if reason is not None:
                 refused[slot.name] = reason
-                level = logging.DEBUG if reason.expected else logging.WARNING
+                # What a failing or full tier refuses was told when it began to.
+                told = reason.expected or reason.failure
+                level = logging.DEBUG if told else logging.WARNING
                 _log.log(level, "block %s is not put in tier %s: %s", key, slot.name, reason.reason)
         absent = {*refused, *pending}
         taken = [slot for slot in wanted if slot.name not in absent]
@@ -172,16 +174,23 @@ class Placement:
             if not slot.contains(key, unknown=True):
                 self.forget_held(slot, key)
 
-    def adopt(self, slot: Slot, header: BlockHeader) -> Receipt | None:
-        """Enter and pin a block found in a tier whose books do not know it, if there is room."""
-        key = header.key
-        with self.writing.held(key):
-            if not slot.contains(key, unknown=False):
-                return None
-            nbytes, cost = slot.tier.footprint(header), recompute_cost(header)
-            receipt = slot.ledger.adopt(key, nbytes, cost=cost)
-            self._guard(key)
-            return receipt
+    def adopt(self, slot: Slot, headers: Sequence[BlockHeader]) -> list[Receipt | None]:
+        """Enter and pin blocks found in a tier whose books do not know them.
+
+        A receipt each, or None where there is no room, or no block any more.
+        """
+        keys = [header.key for header in headers]
+        with self.writing.all_held(keys):
+            receipts = []
+            held = slot.contains_many(keys)
+            for header, there in zip(headers, held, strict=True):
+                receipt = None
+                if there:
+                    nbytes, cost = slot.tier.footprint(header), recompute_cost(header)
+                    receipt = slot.ledger.adopt(header.key, nbytes, cost=cost)
+                    self._guard(header.key)
+                receipts.append(receipt)
+            return receipts
 
     def forget_held(self, slot: Slot, key: BlockKey) -> None:
         """The tier does not hold the block any more: what was its next copy may be the last now."""

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from .block import Block
+    from .tier import Arrived
 
 __all__ = ["RedisTier"]
 
@@ -53,6 +54,8 @@ _SCAN_COUNT = 1000
 #: Keys a pipeline of a batch: with headers, half a MiB of answers.
 _BATCH = 128
 _MAX_PREFIX = 64
+#: Layers asked for with a header before any block was seen.
+_FIRST_GUESS = 32
 #: Memory kept for the next answers: what a prompt of 4,096 tokens takes of a small model.
 _KEPT_NBYTES = 2**27
 
@@ -102,6 +105,7 @@ class RedisTier(Tier):
         self._address = RedisAddress.parse(url)
         #: Headers, each with the stamp of its version.
         self._headers: Recent[tuple[bytes, BlockHeader]] = Recent()
+        self._layers = _FIRST_GUESS
         self._buffers = BufferPool(_KEPT_NBYTES)
         self._link = RedisLink(
             self._address,
@@ -153,6 +157,24 @@ class RedisTier(Tier):
                 _segment(header, index, value)
                 for index, value in enumerate(found[-(last - first) :], start=first)
             ]
+
+    def whole(self, key: BlockKey, arrived: Arrived) -> tuple[BlockHeader, list[memoryview]] | None:
+        """See `Tier`. One request, if the block has no more layers than the one looked at last."""
+        asked = self._layers
+        fields = [_STAMP, _HEADER, *range(asked)]
+        found = self._fields(self._read(key, fields, renew=True), len(fields))
+        header = None if found is None else self._found(key, found[0], found[1])
+        if found is None or header is None:
+            return None
+        count = len(header.segments)
+        segments = [_segment(header, i, value) for i, value in enumerate(found[2:][:count])]
+        if count > asked:
+            rest = self.segments(key, asked, count)
+            if rest is None:
+                return None
+            segments += rest
+        arrived(header, 0, segments)
+        return header, segments
 
     def put(self, key: BlockKey, block: Block) -> None:
         check_key(key, block)
@@ -240,10 +262,12 @@ class RedisTier(Tier):
 
     def _header(self, key: BlockKey, reply: object) -> BlockHeader | None:
         found = self._fields(reply, 2)
-        if found is None or found == [None, None]:
+        return None if found is None else self._found(key, *found)
+
+    def _found(self, key: BlockKey, stamp: _Value, head: _Value) -> BlockHeader | None:
+        if stamp is head is None:
             self._headers.forget(key)
             return None
-        stamp, head = found
         return self._decode(key, head, stamp)
 
     def _decode(self, key: BlockKey, head: _Value, stamp: _Value) -> BlockHeader:
@@ -255,6 +279,7 @@ class RedisTier(Tier):
         if stamp != _stamp(header.nbytes, head):
             raise BlockFormatError("the block has another size or version than its header says")
         self._headers.keep(key, (stamp, header))
+        self._layers = len(header.segments)
         return header
 
     def _fields(self, reply: object, count: int) -> list[_Value] | None:

@@ -32,7 +32,8 @@ def parser_into(buffers: BufferPool) -> type[Any]:
     from redis.exceptions import ConnectionError as ClosedError
 
     class Received(SocketBuffer):
-        def read(self, length: int, **options: Any) -> Any:
+        # Of its further options, which only some versions have, nothing is used here.
+        def read(self, length: int, **options: Any) -> Any:  # type: ignore[override]
             if not _SMALLEST < length <= _LARGEST:
                 return super().read(length, **options)
             data = buffers.take(length)
@@ -49,7 +50,8 @@ def parser_into(buffers: BufferPool) -> type[Any]:
 
     class Parser(_RESP2Parser):
         def on_connect(self, connection: Any) -> None:
-            super().on_connect(connection)
-            self._buffer = Received(self._sock, self.socket_read_size, connection.socket_timeout)
+            super().on_connect(connection)  # type: ignore[no-untyped-call]
+            socket = connection._sock
+            self._buffer = Received(socket, self.socket_read_size, connection.socket_timeout)
 
     return Parser

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .header import BlockHeader
     from .keys import BlockKey
     from .sealing import Opened, Sealer
+    from .tier import Arrived
 
 __all__ = ["SealedTier"]
 
@@ -80,6 +81,19 @@ class SealedTier(Tier):
                 )
             opened = present
         raise BlockFormatError("the block is put anew faster than it can be read")
+
+    def whole(self, key: BlockKey, arrived: Arrived) -> tuple[BlockHeader, list[memoryview]] | None:
+        """See `Tier`."""
+        found = self._tier.whole(key, lambda *_: None)
+        opened = self._opened(key, None if found is None else found[0])
+        if found is None or opened is None:
+            return None
+        segments = opened.segments(0, found[1])
+        if segments is None:
+            # Perhaps the header is of another version than what came with it.
+            return super().whole(key, arrived)
+        arrived(opened.header, 0, segments)
+        return opened.header, segments
 
     def put(self, key: BlockKey, block: Block) -> None:
         check_key(key, block)

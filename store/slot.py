@@ -21,7 +21,7 @@ from .stats import LatencyCounter, TierStats
 from .tier import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from .block import Block, BlockHeader
 
@@ -123,6 +123,7 @@ class Slot:
         self._lock = threading.Lock()
         self._clock = clock
         self._listed_s: float | None = None  # when the books were filled
+        self._full = False
         self._closed = False
         self.loaded: Callable[[], None] = lambda: None  # called when the books were filled
         if self.durable or self.in_process:
@@ -176,6 +177,14 @@ class Slot:
                 return self.tier.contains(key)
         except TierError:
             return unknown
+
+    def contains_many(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """`contains` of each, asked for at once; False if the tier fails."""
+        try:
+            with self.asked("lookup"):
+                return self.tier.contains_many(keys)
+        except TierError:
+            return [False] * len(keys)
 
     def admit(self, key: BlockKey, block: Block, standing: Standing) -> Refused | None:
         """Make room and write, if the rules let the block in; None, or why it is not here."""
@@ -298,12 +307,19 @@ class Slot:
     def _failed(self, operation: Operation, exc: TierError) -> None:
         self.count(errors=1)
         if isinstance(exc, TierFullError):
-            _log.warning("%s", exc)  # it cannot be written, but reading goes on
+            # It cannot be written, but reading goes on. Told once: each block would be a line.
+            with self._lock:
+                known, self._full = self._full, True
+            if not known:
+                _log.warning("%s; until it takes blocks again, what it refuses is counted", exc)
         else:
             pause_s = self._health.failed(operation)
             _log.warning("%s; it is bypassed for %g s", exc, pause_s)
 
     def _worked(self, operation: Operation) -> None:
+        if operation == "write" and self._full:
+            self._full = False
+            _log.warning("tier %s takes blocks again", self.name)
         if self._health.worked(operation):
             _log.warning("tier %s is back", self.name)
 

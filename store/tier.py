@@ -10,6 +10,7 @@ Three different things are told apart: a miss is `None`, damage is `BlockFormatE
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from .header import BlockHeader
     from .keys import BlockKey
 
-__all__ = ["StoredBlock", "Tier", "check_key", "segment_range", "split_segments"]
+__all__ = ["Arrived", "StoredBlock", "Tier", "check_key", "segment_range", "split_segments"]
+
+#: Told of segments of a block, from the header's so-and-so-many-th on, when they are there.
+Arrived = Callable[["BlockHeader", int, "Sequence[memoryview]"], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,21 @@ class Tier(ABC):
         Raises `ValueError` unless `0 <= first < last`, `BlockFormatError` if the block has no
         `last` segments or is damaged.
         """
+
+    def whole(self, key: BlockKey, arrived: Arrived) -> tuple[BlockHeader, list[memoryview]] | None:
+        """The header and all segments, or None if the block is not here.
+
+        By as few reads as the tier can: the default asks for the one and then for the others.
+        `arrived` is called with each piece as it comes, in order, to be verified while it lies in
+        the processor's cache; what it raises ends the read and passes through. Else as `header` and
+        `segments`; where the block is replaced meanwhile, they may be of different versions.
+        """
+        header = self.header(key)
+        segments = None if header is None else self.segments(key, 0, len(header.segments))
+        if header is None or segments is None:
+            return None
+        arrived(header, 0, segments)
+        return header, segments
 
     @abstractmethod
     def put(self, key: BlockKey, block: Block) -> None:

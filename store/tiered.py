@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Self
 
 from .errors import StoreError, TierError
 from .ledger import Limits
-from .loading import Expected, Loading
+from .loading import Expected, Loading, find
 from .placement import Placement, PutOutcome
 from .reader import BlockReader
 from .slot import Aside, Slot, TierSlot, aside, at_once, recompute_cost
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Aside",
     "BlockReader",
+    "Expected",
     "Limits",
     "PutOutcome",
     "StoreStats",
@@ -100,30 +101,36 @@ class TieredStore:
         fingerprint: str,
         token_ids: Sequence[int],
         kind: str = "chunk",
+        whole: bool = False,
     ) -> BlockReader | None:
-        """A reader of the block, or None for a miss. Close it.
-
-        The header is verified: key, kind, fingerprint and token ids. A copy that differs is
-        quarantined like any damaged one, and the next tier tried. Who opens a block that is open
-        already shares its segments. Raises `StoreError` after `close`, nothing for a failing tier.
-        """
+        """A reader of the block, or None for a miss. Close it. See `open_many`."""
         expected = Expected(key, kind, fingerprint, tuple(token_ids))
-        self._placement.expire(key)
-        loading = self._join(expected)
+        return self.open_many([expected], whole=whole)[0]
+
+    def open_many(
+        self, wanted: Sequence[Expected], *, whole: bool = False
+    ) -> list[BlockReader | None]:
+        """A reader of each block, in order, or None for a miss. Close them.
+
+        Each tier is asked for all that the faster ones have not. The header is verified: key, kind,
+        fingerprint and token ids. A copy that differs is quarantined like any damaged one, and the
+        next tier tried. Who opens a block that is open already shares its segments.
+
+        `whole`: all of each block will be read. Then it may come together with its header, by one
+        read, and damage anywhere in it is found now. Raises `StoreError` after `close`, nothing for
+        a failing tier.
+        """
+        loadings: list[Loading | None] = []
         try:
-            found = loading is not None and loading.find()
+            for expected in wanted:
+                self._placement.expire(expected.key)
+                loadings.append(self._join(expected))
+            find([loading for loading in loadings if loading is not None], whole=whole)
         except BaseException:
-            self._leave(loading)
+            for loading in loadings:
+                self._leave(loading)
             raise
-        if loading is None or not found:
-            self._leave(loading)
-            return None
-        cost = recompute_cost(loading.header)
-        for slot in self._placement.slots:
-            # In every tier: a block that is hot in memory must not become the oldest on disk.
-            if slot.ledger.touch(key, cost=cost):
-                slot.tier.touch(key)
-        return BlockReader(loading, lambda: self._leave(loading))
+        return [self._reader(loading) for loading in loadings]
 
     def put(
         self, key: BlockKey, block: Block, *, protected: bool = False, durable_only: bool = False
@@ -315,6 +322,17 @@ class TieredStore:
                 self._open_blocks += 1
             loading.users += 1
             return loading
+
+    def _reader(self, loading: Loading | None) -> BlockReader | None:
+        if loading is None or not loading.found:
+            self._leave(loading)
+            return None
+        key, cost = loading.expected.key, recompute_cost(loading.header)
+        for slot in self._placement.slots:
+            # In every tier: a block that is hot in memory must not become the oldest on disk.
+            if slot.ledger.touch(key, cost=cost):
+                slot.tier.touch(key)
+        return BlockReader(loading, lambda: self._leave(loading))
 
     def _leave(self, loading: Loading | None) -> None:
         if loading is None:

@@ -23,9 +23,9 @@ from kvrag.store.block import Block, BlockHeader, encode_block, encode_header
 from kvrag.store.codecs import Codec, RawCodec
 from kvrag.store.errors import StoreError
 from kvrag.store.keys import BlockKey, KeyMaker
-from kvrag.store.tiered import BlockReader, PutOutcome, TieredStore
+from kvrag.store.tiered import BlockReader, Expected, PutOutcome, TieredStore
 
-__all__ = ["MOST_WAIT_S", "ChunkBlocks"]
+__all__ = ["MOST_WAIT_S", "ChunkBlocks", "open_chunks"]
 
 #: Seconds for which one waits for what another computes, before it does so itself.
 MOST_WAIT_S = 30.0
@@ -79,14 +79,20 @@ class ChunkBlocks:
         room = self._model.decoder.config.max_positions
         return len(self.prefix_ids) + len(token_ids) <= room
 
-    def open(self, token_ids: Sequence[int]) -> BlockReader | None:
-        """A verified reader, or None if no tier has a sound copy of the model's shape."""
-        reader = self._store.open(
-            self.key(token_ids), fingerprint=self._model.fingerprint, token_ids=token_ids
-        )
-        if reader is None:
-            return None
-        header, shape = reader.header, self._shape(token_ids)
+    def open(self, token_ids: Sequence[int], *, whole: bool = False) -> BlockReader | None:
+        """A verified reader, or None if no tier has a sound copy of the model's shape.
+
+        `whole`: all of it will be read, see `TieredStore.open_many`.
+        """
+        return open_chunks([(self, token_ids)], whole=whole)[0]
+
+    def _expected(self, token_ids: Sequence[int]) -> Expected:
+        key = self.key(token_ids)
+        return Expected(key, "chunk", self._model.fingerprint, tuple(token_ids))
+
+    def _fitting(self, reader: BlockReader) -> BlockReader | None:
+        """The reader, or None, and it is closed, if its block has not the model's shape."""
+        header, shape = reader.header, self._shape(reader.header.token_ids)
         if (header.k_shape, header.v_shape, header.dtype) == (shape, shape, self._dtype):
             return reader
         reader.close()
@@ -227,7 +233,7 @@ class ChunkBlocks:
         """The whole block, or None. A miss is not counted: that was done when it was opened."""
         if not self._store.contains(self.key(token_ids)):
             return None
-        reader = self.open(token_ids)
+        reader = self.open(token_ids, whole=True)
         if reader is None:
             return None
         with reader:
@@ -249,3 +255,17 @@ class ChunkBlocks:
         A request that had to compute a block goes on with what later ones will load.
         """
         return [self.codec.decode(segment, block.header) for segment in block.segments]
+
+
+def open_chunks(
+    wanted: Sequence[tuple[ChunkBlocks, Sequence[int]]], *, whole: bool = False
+) -> list[BlockReader | None]:
+    """`ChunkBlocks.open` of each, in order, for which each tier is asked once. All of one store."""
+    if not wanted:
+        return []
+    store = wanted[0][0]._store
+    readers = store.open_many([blocks._expected(ids) for blocks, ids in wanted], whole=whole)
+    return [
+        None if reader is None else blocks._fitting(reader)
+        for (blocks, _), reader in zip(wanted, readers, strict=True)
+    ]

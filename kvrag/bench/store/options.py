@@ -120,14 +120,16 @@ def make_blocks(options: StoreOptions, *, layer_nbytes: int | None = None) -> li
 
 def get(store: TieredStore, block: Block) -> list[memoryview]:
     """All layers of a block as a request has them: opened, read, verified."""
-    with opened(store, block) as reader:
+    with opened(store, block, whole=True) as reader:
         return reader.read(0, len(block.segments))
 
 
-def opened(store: TieredStore, block: Block) -> BlockReader:
+def opened(store: TieredStore, block: Block, *, whole: bool = False) -> BlockReader:
     """Raises `RuntimeError` if it is not there."""
     header = block.header
-    reader = store.open(header.key, fingerprint=FINGERPRINT, token_ids=header.token_ids)
+    reader = store.open(
+        header.key, fingerprint=FINGERPRINT, token_ids=header.token_ids, whole=whole
+    )
     if reader is None:
         raise RuntimeError("a block that was just written is not there")
     return reader
