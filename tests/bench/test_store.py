@@ -53,7 +53,8 @@ def test_memory_and_disk(options, no_redis, capsys, tmp_path):
         pytest.skip(result["skipped"]["disk"])
     found = result["disk"]
     own = {"direct", "get", "direct_4", "get_4", "get_cached", "write", "put", "write_fsync"}
-    assert own | {"put_fsync"} <= set(found["ms"]) == set(found["gb_s"])
+    assert found["cached_of_read"] > 0
+    assert own | {"read_cached", "put_fsync"} <= set(found["ms"]) == set(found["gb_s"])
     assert ("fio" in found["ms"]) == ("fio_skipped" not in found)
     assert result["targets"]["disk.of_direct"] == {
         "measured": found["of_direct"],
@@ -144,6 +145,8 @@ def test_a_peer_beside_us(options, no_redis, monkeypatch, tmp_path):
     }
     # The fake says that it takes two seconds for two blocks.
     assert found["ms"]["disk_get_cold_peer"] == 1000
+    assert found["bound"] > 0
+    assert "disk_read_cached" not in found["times"]
     assert found["times"]["disk_get_cold"] > 1.5
     assert result["targets"]["lmcache.disk_get_cold"]["met"]
     assert "redis-server is not installed" in found["skipped"]["redis"]

@@ -128,6 +128,23 @@ def test_blocks_of_one_engine_serve_another(folder, server, tmp_path, wanted):
         assert ask_in_time(engine, wanted) == {"ram"}
 
 
+def test_all_chunks_are_looked_up_in_one_round_trip(behind, proxy, wanted, monkeypatch):
+    warm(behind, wanted)
+    asked = []
+    open_many = behind.store.open_many
+
+    def counting(*arguments, **options):
+        before = proxy.round_trips
+        readers = open_many(*arguments, **options)
+        asked.append((len(readers), proxy.round_trips - before))
+        return readers
+
+    monkeypatch.setattr(behind.store, "open_many", counting)
+    proxy.delay_s = 0.005
+    assert set(ask(behind).tiers) == {"redis"}
+    assert asked == [(CHUNKS, 1)]
+
+
 def test_killed_and_restarted_empty(engine, server, wanted):
     warm(engine, wanted)
     server.kill()

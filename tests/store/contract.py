@@ -226,6 +226,62 @@ class TierContract(ABC):
         with pytest.raises(BlockFormatError, match="segment 1"):
             verify_segment(block.header, 1, view)
 
+    @pytest.mark.parametrize(("layers", "segment_nbytes"), [(1, 100), (4, 5000), (40, 50_000)])
+    def test_a_whole_block(self, tier, layers, segment_nbytes):
+        block = make_block(1, layers=layers, segment_nbytes=segment_nbytes)
+        tier.put(make_key(1), block)
+        for _ in range(2):  # what was read before may be read in another way
+            arrived = []
+
+            def note(header, first, views, arrived=arrived):
+                arrived.append((header, first, list(views)))
+
+            header, segments = tier.whole(make_key(1), note)
+            assert header == block.header
+            assert segments == list(block.segments)
+            assert all(view.readonly and view.format == "B" for view in segments)
+            assert [part for *_, part in arrived for part in part] == segments
+            counts = [0, *(len(part) for *_, part in arrived)]
+            assert [first for _, first, _ in arrived] == [
+                sum(counts[: at + 1]) for at in range(len(arrived))
+            ]
+            assert {header.key for header, *_ in arrived} == {make_key(1)}
+
+    def test_a_whole_block_that_is_damaged(self, tier):
+        def never(*_):
+            raise AssertionError("damage was handed on")
+
+        assert tier.whole(make_key(1), never) is None
+        data = whole_bytes(make_block(1))
+        flipped = bytearray(data)
+        flipped[40] ^= 1
+        for damaged in (data[:4095], data[:4097], data[:8192], data + b"\0", bytes(flipped)):
+            self.raw_write(tier, make_key(1), damaged)
+            with pytest.raises(BlockFormatError):
+                tier.whole(make_key(1), never)
+        self.raw_write(tier, make_key(1), whole_bytes(make_block(2)))
+        with pytest.raises(BlockFormatError):
+            tier.whole(make_key(1), never)
+
+    def test_what_a_look_at_a_whole_block_raises_passes_through(self, tier):
+        """The bytes are for the reader to judge, as always."""
+
+        def judge(header, first, views):
+            for index, view in enumerate(views, start=first):
+                verify_segment(header, index, view)
+
+        block = make_block(1)
+        data = bytearray(whole_bytes(block))
+        data[block.header.segments[1].offset + 5] ^= 4
+        self.raw_write(tier, make_key(1), bytes(data))
+        with pytest.raises(BlockFormatError, match="segment 1"):
+            tier.whole(make_key(1), judge)
+        header, segments = tier.whole(make_key(1), lambda *_: None)
+        assert segments[0] == block.segments[0]
+        assert segments[1] != block.segments[1]
+        tier.put(make_key(1), block)
+        assert tier.whole(make_key(1), judge) == (header, list(block.segments))
+
     def test_many_threads(self, tier):
         """Whatever is found is one whole version, and the size is right in the end."""
         failures: list[BaseException] = []

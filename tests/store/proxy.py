@@ -14,12 +14,14 @@ class Proxy:
     `delay_s`: how much later each piece of an answer is passed on. `budget`: how many more bytes of
     answers pass before everything hangs; None is no end. `largest`: pieces of more bytes hang, as
     on a path that drops large packets. `garbage`: what is answered instead. `deaf`:
-    nothing that is asked is passed on.
+    nothing that is asked is passed on. `round_trips` counts how often something was asked after an
+    answer had begun, or first of all.
     """
 
     def __init__(self, target: int) -> None:
         self.delay_s, self.budget, self.garbage = 0.0, None, None
         self.largest, self.deaf = None, False
+        self.round_trips, self._answered = 0, True
         self._target = target
         self._lock = threading.Lock()
         self._sockets: list[socket.socket] = []
@@ -68,6 +70,9 @@ class Proxy:
     def _pass_on(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
         try:
             while data := source.recv(1 << 16):
+                with self._lock:
+                    self.round_trips += not answers and self._answered
+                    self._answered = answers
                 if answers or not self.deaf:
                     sink.sendall(self._spoiled(data) if answers else data)
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import tracemalloc
 
 import pytest
 
@@ -95,6 +96,68 @@ def test_a_file_system_that_refuses_direct_reads_is_read_all_the_same(
     monkeypatch.setattr(file_reads.fcntl, "fcntl", no_flag)
     monkeypatch.setattr(os, "preadv", real)
     assert bytes(read_range(descriptor, 0, NBYTES, BufferPool(0), direct=True)) == file.read_bytes()
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """(whether it is direct, offset, bytes) of every read."""
+    real, seen = os.preadv, []
+
+    def noting(number, views, offset):
+        direct = bool(fcntl.fcntl(number, fcntl.F_GETFL) & os.O_DIRECT)
+        seen.append((direct, offset, len(views[0])))
+        return real(number, views, offset)
+
+    monkeypatch.setattr(os, "preadv", noting)
+    return seen
+
+
+def test_a_cold_block_is_one_direct_read_header_and_all(tmp_path, reads):
+    """The header came first, by a read of its own: a device's latency more."""
+    block = make_block(1, layers=12, segment_nbytes=2**18)
+    with DiskTier(tmp_path) as tier:
+        tier.put(make_key(1), block)
+    with DiskTier(tmp_path) as tier:
+        (path,) = (tmp_path / "blocks").rglob("*.kv")
+        drop(path)
+        tier.whole(make_key(1), lambda *_: None)
+        assert reads == [(True, 0, block.nbytes)]
+        # A second time it goes through the page cache, and is handed on piece by piece.
+        reads.clear()
+        pieces = []
+        tier.whole(make_key(1), lambda _, first, views: pieces.append((first, len(views))))
+        assert not any(direct for direct, *_ in reads)
+        assert pieces == [(0, 4), (4, 4), (8, 4)]
+
+
+def test_a_large_file_is_not_read_before_it_has_a_header(tmp_path):
+    """Its size is all that is known of it, and a file with holes may be of any size."""
+    with DiskTier(tmp_path) as tier:
+        tier.put(make_key(1), make_block(1))
+        (path,) = (tmp_path / "blocks").rglob("*.kv")
+        os.truncate(path, 0)
+        os.truncate(path, 2**36)
+        drop(path)
+        tracemalloc.start()
+        try:
+            with pytest.raises(BlockFormatError, match="do not start as a block"):
+                tier.whole(make_key(1), lambda *_: None)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 2**24
+
+
+def test_headers_of_many_cold_blocks(tmp_path):
+    blocks = {name: make_block(name, segment_nbytes=200_000) for name in range(70)}
+    with DiskTier(tmp_path, fsync=False) as tier:
+        for name, block in blocks.items():
+            tier.put(make_key(name), block)
+        for path in (tmp_path / "blocks").rglob("*.kv"):
+            drop(path)
+    with DiskTier(tmp_path) as tier:
+        found = tier.headers([make_key(name) for name in range(71)])
+    assert found == [*(block.header for block in blocks.values()), None]
 
 
 def test_what_is_read_a_second_time_enters_the_page_cache(tmp_path):

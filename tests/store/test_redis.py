@@ -136,6 +136,27 @@ def test_values_of_every_size_come_whole_one_after_the_other(tier, nbytes):
     assert tier.header(make_key(1)) == block.header
 
 
+def test_a_whole_block_is_one_request_once_one_was_seen(tier, client):
+    def requests():
+        stats = client.info("commandstats")
+        return stats.get("cmdstat_hmget", {}).get("calls", 0)
+
+    def whole(name):
+        before = requests()
+        found = tier.whole(make_key(name), lambda *_: None)
+        return found, requests() - before
+
+    sizes = {1: 3, 2: 40, 3: 40, 4: 2}
+    blocks = {name: make_block(name, layers=layers) for name, layers in sizes.items()}
+    for name, block in blocks.items():
+        tier.put(make_key(name), block)
+    for name, wanted in ((1, 1), (2, 2), (3, 1), (4, 1)):
+        found, asked = whole(name)
+        assert found == (blocks[name].header, list(blocks[name].segments))
+        assert asked == wanted
+    assert whole(9) == (None, 1)
+
+
 def test_an_answer_that_announces_more_than_comes_takes_no_memory(server):
     """hiredis asks the system for GBs after a few bytes of garbage."""
     with Proxy(server.port) as proxy, make_tier(proxy.url, timeout_s=0.3) as tier:

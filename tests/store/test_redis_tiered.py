@@ -11,7 +11,7 @@ import pytest
 from kvrag.config import Settings
 from kvrag.store.errors import DamagedBlockError
 from kvrag.store.ram import RamTier
-from kvrag.store.tiered import TieredStore, TierSlot, at_once
+from kvrag.store.tiered import Expected, TieredStore, TierSlot, at_once
 from kvrag.tiers import tier_slots
 
 from .doubles import FakeClock
@@ -67,6 +67,73 @@ def test_a_redis_that_answers_small_things_alone_is_left_alone_longer_and_longer
         clock.now += 60
         with open_block(store, 11) as reader:
             assert len(reader.read(0, 2)) == 2
+
+
+# -- round trips ---------------------------------------------------------------------------------
+
+
+def test_a_prompts_chunks_are_opened_in_one_round_trip(server, proxy):
+    """Each was asked for by itself: 16 round trips before the first layer was asked for."""
+    with make_tier(server.url) as tier:
+        for name in range(16):
+            tier.put(make_key(name), make_block(name))
+    proxy.delay_s = 0.02
+    with TieredStore([TierSlot(RamTier()), TierSlot(make_tier(proxy.url, timeout_s=5))]) as store:
+        wait_for(lambda: of_redis(store).blocks == 16)
+        wanted = [Expected(make_key(n), "chunk", FINGERPRINT, token_ids(n)) for n in range(17)]
+        before = proxy.round_trips
+        readers = store.open_many(wanted)
+        assert proxy.round_trips - before == 1
+        assert readers[16] is None
+        for name, reader in enumerate(readers[:16]):
+            with reader:
+                assert reader.read(0, 2) == list(make_block(name).segments)
+        # What others put there since is entered into the books, together as well.
+        with make_tier(server.url) as tier:
+            for name in range(20, 36):
+                tier.put(make_key(name), make_block(name))
+        before = proxy.round_trips
+        wanted = [Expected(make_key(n), "chunk", FINGERPRINT, token_ids(n)) for n in range(20, 36)]
+        readers = store.open_many(wanted)
+        assert all(readers)
+        assert proxy.round_trips - before == 2
+        for reader in readers:
+            reader.close()
+
+
+def test_a_block_that_is_read_whole_takes_one_round_trip(server, proxy):
+    with make_tier(server.url) as tier:
+        tier.put(make_key(1), make_block(1, layers=20, segment_nbytes=5000))
+    with TieredStore([TierSlot(make_tier(proxy.url, timeout_s=5))], aside=at_once) as store:
+        before = proxy.round_trips
+        expected = {"fingerprint": FINGERPRINT, "token_ids": token_ids(1)}
+        with store.open(make_key(1), **expected, whole=True) as reader:
+            assert len(reader.read(0, 20)) == 20
+        assert proxy.round_trips - before == 1
+
+
+def test_a_full_redis_says_so_once(server, caplog):
+    """Each block was two lines of the log."""
+    with server.client() as client:
+        client.config_set("maxmemory", client.info("memory")["used_memory"] + 2_000_000)
+    with TieredStore([TierSlot(RamTier()), TierSlot(make_tier(server.url))]) as store:
+        names = range(20)
+        for name in names:
+            store.put(make_key(name), make_block(name, segment_nbytes=200_000))
+        refused = of_redis(store).refused
+        assert 10 < refused == of_redis(store).errors
+        assert of_redis(store).healthy
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert "maxmemory" in line
+        with server.client() as client:
+            client.config_set("maxmemory", 0)
+        caplog.clear()
+        for name in names:
+            store.put(make_key(name), make_block(name, segment_nbytes=200_000))
+        assert of_redis(store).refused == refused
+        assert [record.getMessage() for record in caplog.records] == [
+            "tier redis takes blocks again"
+        ]
 
 
 # -- opening -------------------------------------------------------------------------------------

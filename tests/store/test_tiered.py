@@ -11,7 +11,7 @@ from kvrag.store.disk import DiskTier
 from kvrag.store.errors import DamagedBlockError, StoreError, TierError
 from kvrag.store.health import Health
 from kvrag.store.ram import RamTier, _Held
-from kvrag.store.tiered import TieredStore, TierSlot, at_once
+from kvrag.store.tiered import Expected, TieredStore, TierSlot, at_once
 
 from .doubles import FakeClock, SlowTier, in_threads
 from .helpers import FINGERPRINT, make_block, make_key, token_ids, whole_bytes
@@ -230,6 +230,53 @@ def test_what_was_read_before_the_damage_stays(store, ram, slow):
         assert reader.read(0, 1) == first
 
 
+@pytest.mark.parametrize("position", [3, 30, 4000, 4096 + 7, 8191, 8192 + 99])
+def test_a_damaged_copy_of_what_is_read_whole(ram, clock, position):
+    """It is found when the block is opened, and the next tier answers."""
+    near, far = SlowTier("near"), SlowTier("far")
+    slots = [TierSlot(ram), TierSlot(near), TierSlot(far)]
+    with TieredStore(slots, clock=clock, aside=at_once) as store:
+        put(store, 1)
+        ram.delete(make_key(1))
+        damage(near, 1, position)
+        with open_block(store, 1, whole=True) as reader:
+            assert reader.tier == "far"
+            assert of(store, "near").damaged == 1
+            assert make_key(1) not in near._held
+            assert reader.read(0, 2) == list(make_block(1).segments)
+        damage(ram, 1, position)
+        damage(near, 1, position)
+        damage(far, 1, position)
+        if position < 4096:
+            assert open_block(store, 1, whole=True) is None
+        else:  # memory's copy is verified as it is read
+            with open_block(store, 1, whole=True) as reader, pytest.raises(DamagedBlockError):
+                reader.read(0, 2)
+        assert [tier.damaged for tier in store.stats().tiers] == [1, 2, 1]
+        assert store.stats().open_blocks == 0
+        assert not any(tier._held for tier in (ram, near, far))
+
+
+def test_a_tier_that_errs_once_keeps_what_is_read_whole(store, ram, slow, monkeypatch, caplog):
+    put(store, 1)
+    ram.delete(make_key(1))
+    segments, sound = slow.segments, []
+
+    def erring(key, first, last):
+        views = segments(key, first, last)
+        if not sound:
+            sound.append(True)
+            return [views[0], views[0]]
+        return views
+
+    monkeypatch.setattr(slow, "segments", erring)
+    assert open_block(store, 1, whole=True) is None
+    assert (of(store, "slow").damaged, of(store, "slow").errors) == (0, 1)
+    assert "not when read again" in caplog.text
+    with open_block(store, 1, whole=True) as reader:
+        assert reader.read(0, 2) == list(make_block(1).segments)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -295,6 +342,80 @@ def test_single_flight(store, ram, slow):
     assert sorted(slow.reads) == [(0, 1), (1, 2)]
     assert of(store, "slow").bytes_read == 2 * 4096
     assert of(store, "slow").hits == 10
+
+
+def test_what_is_read_whole_is_read_once_counted_once_and_promoted(store, ram, slow):
+    put(store, 1)
+    ram.delete(make_key(1))
+    with open_block(store, 1, whole=True) as reader:
+        assert reader.tier == "slow"
+        assert slow.reads == [(0, 2)]
+        slow.delete(make_key(1))  # it is here
+        first = reader.fetch(1, 2)
+        assert (first.read_nbytes, first.admit) == (4096, None)
+        second = reader.fetch(0, 2)
+        assert second.read_nbytes == 4096
+        assert second.segments == list(make_block(1).segments)
+        second.admit()
+    assert slow.reads == [(0, 2)]
+    assert of(store, "slow").bytes_read == 2 * 4096
+    assert of(store, "slow").hits == 1
+    assert of(store, "slow").read_latency.count == 1
+    assert store.locate([make_key(1)]) == ["ram"]
+    assert store.stats().open_blocks == 0
+
+
+def test_what_no_books_know_is_not_read_before_its_header_is_seen(store, slow):
+    slow.put(make_key(1), make_block(1))
+    with open_block(store, 1, whole=True) as reader:
+        assert slow.reads == []
+        assert reader.read(0, 2) == list(make_block(1).segments)
+    with open_block(store, 2, whole=True) or contextlib.nullcontext() as reader:
+        assert reader is None
+
+
+def test_opening_many_lines_up(store, ram, slow, monkeypatch):
+    for name in (1, 2, 3, 4):
+        put(store, name)
+    ram.delete(make_key(2))
+    ram.delete(make_key(4))
+    damage(ram, 3, 30)
+    asked = []
+    headers = slow.headers
+    monkeypatch.setattr(slow, "headers", lambda keys: asked.append(len(keys)) or headers(keys))
+    names = (1, 9, 2, 1, 3, 4)
+    wanted = [Expected(make_key(n), "chunk", FINGERPRINT, token_ids(n)) for n in names]
+    wanted.append(Expected(make_key(1), "chunk", "model-2", token_ids(1)))
+    readers = store.open_many(wanted)
+    assert asked == [4]  # 9, 2, 3 and 4
+    tiers = [reader and reader.tier for reader in readers]
+    assert tiers == ["ram", None, "slow", "ram", "slow", "slow", None]
+    assert store.stats().open_blocks == 4
+    for name, reader in zip(names, readers, strict=False):
+        if reader is not None:
+            assert reader.read(0, 2) == list(make_block(name).segments)
+            reader.close()
+    assert store.stats().open_blocks == 0
+    assert (of(store, "ram").hits, of(store, "slow").hits) == (2, 3)
+    assert store.open_many([]) == []
+
+
+def test_many_are_opened_by_many_at_once(store):
+    """In whatever order each names them, nobody waits for one that waits for him."""
+    for name in range(4):
+        put(store, name)
+
+    def use(number):
+        for turn in range(50):
+            names = [(number * turn + step * (1 + number % 3)) % 4 for step in range(4)]
+            wanted = [Expected(make_key(n), "chunk", FINGERPRINT, token_ids(n)) for n in names]
+            for name, reader in zip(names, store.open_many(wanted, whole=True), strict=True):
+                with reader:
+                    assert reader.read(0, 2) == list(make_block(name).segments)
+        return True
+
+    assert in_threads(6, use) == [True] * 6
+    assert store.stats().open_blocks == 0
 
 
 def test_what_is_held_is_not_read_again(store, ram, slow):

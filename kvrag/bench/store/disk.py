@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from kvrag.bench.frame import median
 from kvrag.bench.store.options import (
     Row,
@@ -45,9 +47,19 @@ from kvrag.store.keys import BlockKey
 from kvrag.store.residency import cached_share
 from kvrag.store.tiered import TieredStore, TierSlot
 
-__all__ = ["disk_section", "drop_pages", "get_from_disk", "lay_out", "put_to_disk"]
+__all__ = [
+    "disk_section",
+    "drop_pages",
+    "get_from_disk",
+    "lay_out",
+    "put_to_disk",
+    "read_verified",
+    "write_plain",
+]
 
 IN_FLIGHT = 4
+#: Layers read before their checksums are taken: about a MiB was fastest.
+_LAYERS_A_PIECE = 5
 _FIO_TIMEOUT_S = 600
 _ENGINES = {1: "psync", IN_FLIGHT: "libaio"}
 
@@ -62,7 +74,7 @@ def disk_section(options: StoreOptions) -> Section:
         folder = Path(name)
         blocks = make_blocks(options)
         whole = folder / "plain"
-        _write(whole, [view for block in blocks for view in block.segments], sync=True)
+        write_plain(whole, blocks)
         _check_direct(whole)
         lay_out(folder / "read", blocks)
         fio = _Fio(whole, options)
@@ -72,6 +84,7 @@ def disk_section(options: StoreOptions) -> Section:
             "direct_4": partial(_direct, whole, options, IN_FLIGHT),
             "get_4": partial(get_from_disk, folder / "read", blocks, IN_FLIGHT),
             "get_cached": partial(get_from_disk, folder / "read", blocks, 1, cold=False),
+            "read_cached": partial(read_verified, whole, options),
             **fio.contestants,
             "write": partial(_write_each, folder, blocks, sync=False),
             "put": partial(put_to_disk, folder / "write", blocks, fsync=False),
@@ -109,6 +122,7 @@ def _section(taken: dict[str, list[float]], options: StoreOptions, no_fio: str |
         "of_direct": ratio(taken["direct"], taken["get"]),
         "of_direct_4": ratio(taken["direct_4"], taken["get_4"]),
         "in_flight_of_direct": ratio(taken["direct"], taken["get_4"]),
+        "cached_of_read": ratio(taken["read_cached"], taken["get_cached"]),
         "put_of_write": ratio(taken["write"], taken["put"]),
         "put_fsync_of_write": ratio(taken["write_fsync"], taken["put_fsync"]),
     }
@@ -116,6 +130,7 @@ def _section(taken: dict[str, list[float]], options: StoreOptions, no_fio: str |
         "get": f"{of['of_direct']:.0%} of one direct read at a time",
         "get_4": f"{of['of_direct_4']:.0%} of {IN_FLIGHT} direct reads at a time, "
         f"{of['in_flight_of_direct']:.0%} of one",
+        "get_cached": f"{of['cached_of_read']:.0%} of a plain read and xxh3",
         "put": f"{of['put_of_write']:.0%} of plain writes",
         "put_fsync": f"{of['put_fsync_of_write']:.0%} of plain writes, fsync",
     }
@@ -140,6 +155,7 @@ _NAMES = {
     "get": "get, cold, verified",
     "get_4": f"get, cold, {IN_FLIGHT} at a time",
     "get_cached": "get, page cache",
+    "read_cached": "plain read and xxh3, page cache",
     "write": "plain writes",
     "put": "put, disk_fsync never",
     "write_fsync": "plain writes, fsync",
@@ -198,6 +214,25 @@ def get_from_disk(folder: Path, blocks: Sequence[Block], width: int, *, cold: bo
     for number, block in enumerate(blocks):
         check(brought[number], block)
     return seconds
+
+
+def read_verified(path: Path, options: StoreOptions) -> float:
+    """Seconds to read the file from the page cache, and take the checksum of each layer."""
+    path.read_bytes()
+    buffer = aligned_buffer(options.nbytes)
+    buffer[:] = bytes(options.nbytes)  # the system gives memory when it is touched
+    layer, piece = options.layer_nbytes, _LAYERS_A_PIECE * options.layer_nbytes
+    with _descriptor(path, os.O_RDONLY) as descriptor:
+
+        def read() -> None:
+            for number in range(options.blocks):
+                for start in range(0, options.nbytes, piece):
+                    view = buffer[start : start + piece]
+                    os.preadv(descriptor, [view], number * options.nbytes + start)
+                    for place in range(0, len(view), layer):  # while it lies in a near cache
+                        xxhash.xxh3_64_intdigest(view[place : place + layer])
+
+        return timed(read)
 
 
 def lay_out(folder: Path, blocks: Sequence[Block]) -> None:
@@ -292,6 +327,11 @@ def put_to_disk(folder: Path, blocks: Sequence[Block], *, fsync: bool) -> float:
         seconds = timed(lambda: [store.put(block.header.key, block) for block in blocks])
     drop_pages(folder)  # or the next one's reads wait for what is still being written
     return seconds
+
+
+def write_plain(path: Path, blocks: Sequence[Block]) -> None:
+    """All blocks' layers as one file."""
+    _write(path, [view for block in blocks for view in block.segments], sync=True)
 
 
 def _write_each(folder: Path, blocks: Sequence[Block], *, sync: bool) -> float:
