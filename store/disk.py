@@ -138,7 +138,7 @@ class DiskTier(Tier):
                 arrived(header, 0, segments)
                 return header, segments
             header = self._read_header(key, descriptor)
-            # As much memory as above, header included: so that either finds what the other has used.
+            # As much memory as above, header included: either finds what the other has used.
             start = header.header_nbytes
             data = memory_for(descriptor, 0, header.nbytes, self._buffers)[start:]
             segments = split_segments(header, 0, len(header.segments), data)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -353,50 +353,60 @@ def find(loadings: Sequence[Loading], *, whole: bool = False) -> None:
     no memory knows of is read at once.
     """
     # Who has sought holds the lock only while it reads, and is not waited for.
-    unsought = {id(loading): loading for loading in loadings if not loading._sought}
-    if unsought:
+    unsought = [loading for loading in loadings if not loading._sought]
+    if len(unsought) == 1:
+        with unsought[0]._lock:
+            _seek_new(unsought, whole=whole)
+    elif unsought:
+        by_id = {id(loading): loading for loading in unsought}
         with ExitStack() as locks:
-            for _, loading in sorted(unsought.items()):  # in one order, for others do the same
+            for _, loading in sorted(by_id.items()):  # in one order, for others do the same
                 locks.enter_context(loading._lock)
-            left = [loading for loading in unsought.values() if not loading._sought]
-            _seek(left, whole=whole)
-            for loading in left:
-                loading._begin()
+            _seek_new(by_id.values(), whole=whole)
     for loading in loadings:
         if (slot := loading._slot) is not None:
             slot.count(hits=1)
 
 
-def _seek(loadings: Sequence[Loading], *, start: int = 0, whole: bool = False) -> None:
+def _seek_new(loadings: Iterable[Loading], *, whole: bool) -> None:
+    """With their locks held."""
+    left = [loading for loading in loadings if not loading._sought]
+    if left:
+        _seek(left, whole=whole)
+    for loading in left:
+        loading._begin()
+
+
+def _seek(left: list[Loading], *, start: int = 0, whole: bool = False) -> None:
     """Settle each on the first tier from `start` on that has the block, or on none.
 
-    With their locks held. All are of one store.
+    With their locks held. There is at least one, and all are of one store.
     """
-    left = list(loadings)
+    placement = left[0]._placement
     for loading in left:
         loading._slot = None
-    for slot in left[0]._placement.slots[start:] if left else ():
-        if not left or not slot.usable():
+    for slot in placement.slots[start:]:
+        if not slot.usable():
             continue
-        receipts = [slot.ledger.pin(loading.expected.key) for loading in left]
+        pinned = [(loading, slot.ledger.pin(loading.expected.key)) for loading in left]
         # Of what is not in the books, nobody knows how much it would be.
-        brought = [whole and not slot.in_process and receipt is not None for receipt in receipts]
-        asked = [loading for loading, bring in zip(left, brought, strict=True) if not bring]
+        bring = whole and not slot.in_process
+        asked = [loading for loading, receipt in pinned if receipt is None] if bring else left
         headers = iter(_headers(slot, asked))
-        settled, still = [], []
-        for loading, receipt, bring in zip(left, receipts, brought, strict=True):
-            answer = loading._bring(slot) if bring else next(headers)
-            if loading._settle(slot, receipt, answer, whole=bring):
-                settled.append(loading)
-            else:
-                still.append(loading)
-        unknown = [loading for loading in settled if loading._receipt is None]
+        left, unknown = [], []
+        for loading, receipt in pinned:
+            brought = bring and receipt is not None
+            answer = loading._bring(slot) if brought else next(headers)
+            if not loading._settle(slot, receipt, answer, whole=brought):
+                left.append(loading)
+            elif receipt is None:
+                unknown.append(loading)
         if unknown:
-            headers_of = [loading.header for loading in unknown]
-            adopted = left[0]._placement.adopt(slot, headers_of)
-            for loading, receipt in zip(unknown, adopted, strict=True):
-                loading._receipt = receipt
-        left = still
+            receipts = placement.adopt(slot, [loading.header for loading in unknown])
+            for loading, entered in zip(unknown, receipts, strict=True):
+                loading._receipt = entered
+        if not left:
+            return
 
 
 def _headers(slot: Slot, loadings: Sequence[Loading]) -> Sequence[_Answer]:

@@ -178,9 +178,7 @@ def _check_direct(path: Path) -> None:
 
 def _direct(path: Path, options: StoreOptions, width: int) -> float:
     """Seconds to read the file, a block's bytes a call, `width` calls at a time."""
-    buffers = [aligned_buffer(options.nbytes) for _ in range(options.blocks)]
-    for buffer in buffers:
-        buffer[:] = bytes(options.nbytes)  # the system gives memory when it is touched
+    buffers = _touched(options)
     with _descriptor(path, os.O_RDONLY | os.O_DIRECT) as descriptor:
 
         def read(number: int) -> None:
@@ -216,18 +214,25 @@ def get_from_disk(folder: Path, blocks: Sequence[Block], width: int, *, cold: bo
     return seconds
 
 
+def _touched(options: StoreOptions) -> list[memoryview]:
+    """Memory for every block, which the system gives only when it is touched."""
+    buffers = [aligned_buffer(options.nbytes) for _ in range(options.blocks)]
+    for buffer in buffers:
+        buffer[:] = bytes(options.nbytes)
+    return buffers
+
+
 def read_verified(path: Path, options: StoreOptions) -> float:
     """Seconds to read the file from the page cache, and take the checksum of each layer."""
     path.read_bytes()
-    buffer = aligned_buffer(options.nbytes)
-    buffer[:] = bytes(options.nbytes)  # the system gives memory when it is touched
+    buffers = _touched(options)
     layer, piece = options.layer_nbytes, _LAYERS_A_PIECE * options.layer_nbytes
     with _descriptor(path, os.O_RDONLY) as descriptor:
 
         def read() -> None:
             for number in range(options.blocks):
                 for start in range(0, options.nbytes, piece):
-                    view = buffer[start : start + piece]
+                    view = buffers[number][start : start + piece]
                     os.preadv(descriptor, [view], number * options.nbytes + start)
                     for place in range(0, len(view), layer):  # while it lies in a near cache
                         xxhash.xxh3_64_intdigest(view[place : place + layer])
