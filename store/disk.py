@@ -336,13 +336,12 @@ def _status(descriptor: int) -> os.stat_result:
 
 def _pieces(header: BlockHeader) -> Iterator[tuple[int, int]]:
     """Ranges of segments of about a piece's bytes each."""
-    first = 0
-    for last, part in enumerate(header.segments, start=1):
-        if part.end - header.segments[first].offset >= _PIECE_NBYTES:
-            yield first, last
-            first = last
-    if first < len(header.segments):
-        yield first, len(header.segments)
+    first, start = 0, header.header_nbytes
+    for index, part in enumerate(header.segments):
+        if part.offset - start >= _PIECE_NBYTES:
+            yield first, index
+            first, start = index, part.offset
+    yield first, len(header.segments)
 
 
 def _set_time(path: Path | str, now_s: float) -> None:
