@@ -120,9 +120,9 @@ class Native:
 
         Row i sees the keys `first[i] .. last[i] - 1`. Those that no row sees are never read if they
         lie before the first row's or behind the last row's; between them they may be read, and take
-        no part if they are finite. A weight below 1.2e-38 times the greatest becomes 0; otherwise
+        no part if they are finite. A weight below 0.8e-38 times the greatest becomes 0; otherwise
         the relative error is that of a few roundings. K and V are read once for 48 rows of a KV
-        head.
+        head; on one thread for 64, where nobody asks what keys receive.
 
         Args:
             q: (heads, n, dim); a run of heads / kv_heads heads shares a KV head.

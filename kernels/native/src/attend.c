@@ -6,17 +6,21 @@
    more than few rows have to multiply, and both are read once. Softmax runs along with the blocks.
 
    The bounds of blocks depend on the rows' keys alone, and each number is summed in one order
-   whatever stands in the other lanes. So the result depends on no thread count. */
+   whatever stands in the other lanes. So the result depends neither on how rows are cut into tasks
+   nor on the number of threads; what keys receive depends on the cut, which is one for all then. */
 #include "exported.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 #define BLOCK 64
-/* Products have tiles of TALL by 3 vectors: that many sums and factors fit into 16 registers. */
-#define TALL 4
-/* Rows of one task, in vectors: few enough that several threads find work in few rows. */
+/* Tiles have TALL by 2 or SHORT by 3 vectors: that many sums and factors fit into 16 registers. */
+#define TALL 6
+#define SHORT 4
+/* Rows of one task, in vectors: few enough that several threads find work in few rows. One thread
+   alone reads K and V of a question's rows once if all are in one. */
 #define MOST_VECTORS 6
+#define MOST_ALONE 8
 
 #define ROOM(n) (((n) + LANES - 1) / LANES * LANES)
 
@@ -28,46 +32,84 @@ INLINE f32x8 held(f32x8 x) {
     return x;
 }
 
-/* c[i][j] = sum over k < depth of a[i * a_i + k * a_k] * b[k * b_k + j], for `tall` i and `wide`
-   vectors of j; added to what is there if `more`, at the end: sums of sums lose less than one long
-   sum. tall, wide and more are constants. */
-INLINE void tile(int tall, int wide, int more, const float *a, int64_t a_i, int64_t a_k,
-                 const float *b, int64_t b_k, float *c, int64_t c_i, int64_t depth) {
+/* c[i][j] = sum over k < depth of a(i, k) b[k * b_k + j], for `tall` i and `wide` vectors of j,
+   which are constants. a(i, k) is a[i * a_row + k], or a[k * a_row + i] if `across`; then the sums
+   are added to what is there, at the end: sums of sums lose less than one long sum. */
+INLINE void tile(int tall, int wide, int across, const float *a, int64_t a_row, const float *b,
+                 int64_t b_k, float *c, int64_t c_i, int64_t depth) {
     f32x8 acc[TALL][3];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int i = 0; i < tall; i++)
 #pragma GCC unroll 3
-        for (int j = 0; j < wide; j++)
-            acc[i][j] = splat(0);
+        for (int j = 0; j < wide; j++) acc[i][j] = splat(0);
     for (int64_t k = 0; k < depth; k++) {
         f32x8 right[3];
 #pragma GCC unroll 3
         for (int j = 0; j < wide; j++) right[j] = held(load_f32(b + k * b_k + j * LANES));
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int i = 0; i < tall; i++) {
-            f32x8 left = splat(a[i * a_i + k * a_k]);
+            f32x8 left = splat(across ? a[k * a_row + i] : a[i * a_row + k]);
 #pragma GCC unroll 3
             for (int j = 0; j < wide; j++) acc[i][j] += left * right[j];
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int i = 0; i < tall; i++)
 #pragma GCC unroll 3
         for (int j = 0; j < wide; j++) {
             float *at = c + i * c_i + j * LANES;
-            store_f32(at, more ? load_f32(at) + acc[i][j] : acc[i][j]);
+            store_f32(at, across ? load_f32(at) + acc[i][j] : acc[i][j]);
         }
 }
 
-/* `tile` for any number of vectors. A tile of one waits for its sums, so none is left over. */
-INLINE void band(int tall, int more, const float *a, int64_t a_i, int64_t a_k, const float *b,
-                 int64_t b_k, float *c, int64_t c_i, int64_t depth, int64_t vectors) {
+/* So many rows of `dim` numbers, `row` apart, that are needed next. */
+typedef struct {
+    const float *at;
+    int64_t row, dim, rows;
+} ahead_t;
+
+/* Each tile asks for a few: in one burst they would wait for themselves. */
+INLINE void ask(ahead_t *next) {
+    for (int i = 0; i < 2 && next->rows > 0; i++, next->rows--, next->at += next->row)
+        for (int64_t d = 0; d < next->dim; d += 16) __builtin_prefetch(next->at + d);
+}
+
+/* `tile` for n i, cut as evenly as they can be. */
+INLINE void band(int wide, int across, int64_t n, const float *a, int64_t a_row, const float *b,
+                 int64_t b_k, float *c, int64_t c_i, int64_t depth, ahead_t *ahead) {
+    int64_t most = wide == 3 ? SHORT : TALL, groups = (n + most - 1) / most;
+    for (int64_t g = 0, i = 0; g < groups; g++) {
+        int64_t next = n * (g + 1) / groups;
+        const float *from = a + (across ? i : i * a_row);
+        float *to = c + i * c_i;
+        ask(ahead);
+#define CASE(tall) \
+    case tall:                                                                             \
+        if (tall <= most) tile(tall, wide, across, from, a_row, b, b_k, to, c_i, depth);   \
+        break
+        switch (next - i) {
+            CASE(1);
+            CASE(2);
+            CASE(3);
+            CASE(4);
+            CASE(5);
+            CASE(6);
+        }
+#undef CASE
+        i = next;
+    }
+}
+
+/* `band`s for any number of vectors. A tile of one waits for its sums, so none is left over. */
+INLINE void product(int across, int64_t n, const float *a, int64_t a_row, const float *b,
+                    int64_t b_k, float *c, int64_t c_i, int64_t depth, int64_t vectors,
+                    ahead_t *ahead) {
     while (vectors > 0) {
         int wide = vectors == 1 ? 1 : vectors == 2 || vectors == 4 ? 2 : 3;
         switch (wide) {
-            case 1: tile(tall, 1, more, a, a_i, a_k, b, b_k, c, c_i, depth); break;
-            case 2: tile(tall, 2, more, a, a_i, a_k, b, b_k, c, c_i, depth); break;
-            default: tile(tall, 3, more, a, a_i, a_k, b, b_k, c, c_i, depth);
+            case 1: band(1, across, n, a, a_row, b, b_k, c, c_i, depth, ahead); break;
+            case 2: band(2, across, n, a, a_row, b, b_k, c, c_i, depth, ahead); break;
+            default: band(3, across, n, a, a_row, b, b_k, c, c_i, depth, ahead);
         }
         b += wide * LANES, c += wide * LANES, vectors -= wide;
     }
@@ -107,20 +149,13 @@ INLINE void weigh(const rows_t *r, int64_t lane, float *x, int64_t n, int64_t ke
             store_f32(x + j * room,
                       choose((at >= first) & (at < last), load_f32(x + j * room), none));
         }
-    f32x8 m[4] = {load_f32(r->top + lane), none, none, none};
-    f32x8 before = m[0];
+    f32x8 before = load_f32(r->top + lane), m[4] = {before, before, before, before};
     int64_t j = 0;
     for (; j + 4 <= n; j += 4)
 #pragma GCC unroll 4
-        for (int u = 0; u < 4; u++) {
-            f32x8 s = load_f32(x + (j + u) * room);
-            m[u] = choose(s > m[u], s, m[u]);
-        }
-    for (; j < n; j++) {
-        f32x8 s = load_f32(x + j * room);
-        m[0] = choose(s > m[0], s, m[0]);
-    }
-    for (int u = 1; u < 4; u++) m[0] = choose(m[u] > m[0], m[u], m[0]);
+        for (int u = 0; u < 4; u++) m[u] = greater(load_f32(x + (j + u) * room), m[u]);
+    for (; j < n; j++) m[0] = greater(load_f32(x + j * room), m[0]);
+    m[0] = greater(greater(m[0], m[1]), greater(m[2], m[3]));
     store_f32(r->top + lane, m[0]);
     /* Where all is -inf, each weighs 0. */
     f32x8 below = choose(m[0] == none, splat(0), m[0]);
@@ -128,7 +163,16 @@ INLINE void weigh(const rows_t *r, int64_t lane, float *x, int64_t n, int64_t ke
     /* Exactly 1 where the greatest stays: what is off by a bit would be so once a block. */
     f32x8 shrink = choose(before == below, splat(1), exp2_f32((before - below) * log2_e));
     f32x8 total = splat(0);
-    for (j = 0; j < n; j++) {
+    for (j = 0; j + 4 <= n; j += 4) {
+        f32x8 e[4];
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; u++) e[u] = (load_f32(x + (j + u) * room) - below) * log2_e;
+        exp2_each(4, e);
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; u++) store_f32(x + (j + u) * room, e[u]);
+        total += (e[0] + e[1]) + (e[2] + e[3]);
+    }
+    for (; j < n; j++) {
         f32x8 e = exp2_f32((load_f32(x + j * room) - below) * log2_e);
         store_f32(x + j * room, e);
         total += e;
@@ -137,35 +181,28 @@ INLINE void weigh(const rows_t *r, int64_t lane, float *x, int64_t n, int64_t ke
     store_f32(r->total + lane, load_f32(r->total + lane) * shrink + total);
 }
 
-/* The rows see n keys, of which `key` is the first. s: (n, room); holds their weights then. */
+/* The rows see n keys, of which `key` is the first; `next` keys follow. s: (n, room); holds their
+   weights then. */
 static void see(const rows_t *r, const float *k, int64_t k_token, const float *v, int64_t v_token,
-                int64_t key, int64_t n, float *s) {
-    int64_t from, to, room = r->room, j = 0;
+                int64_t key, int64_t n, int64_t next, float *s) {
+    int64_t from, to, room = r->room;
     seeing(r, key, key + n, &from, &to);
     if (from == to) return;
     from *= LANES, to *= LANES;
-    int64_t vectors = (to - from) / LANES;
-    for (; j + TALL <= n; j += TALL) {
-        /* Not all at once: only so many reads are under way at a time. */
-        for (int64_t i = j; i < j + TALL; i++)
-            for (int64_t d = 0; d < r->dim; d += 16) __builtin_prefetch(v + i * v_token + d);
-        band(TALL, 0, k + j * k_token, k_token, 1, r->q + from, room, s + j * room + from, room,
-             r->dim, vectors);
-    }
-    for (; j < n; j++)
-        band(1, 0, k + j * k_token, k_token, 1, r->q + from, room, s + j * room + from, room,
-             r->dim, vectors);
+    ahead_t values = {v, v_token, r->dim, n}, keys = {k + n * k_token, k_token, r->dim, next};
+    product(0, n, k, k_token, r->q + from, room, s + from, room, r->dim, (to - from) / LANES,
+            &values);
     for (int64_t lane = from; lane < to; lane += LANES) weigh(r, lane, s + lane, n, key);
     for (int64_t i = from; i < to; i++)
         if (r->shrink[i] != 1)
             for (int64_t d = 0; d < r->dim; d++) r->mixed[i * r->wide + d] *= r->shrink[i];
     int64_t whole = r->dim / LANES;
-    for (int64_t i = from; i < to; i += TALL)
-        band(TALL, 1, s + i, 1, room, v, v_token, r->mixed + i * r->wide, r->wide, n, whole);
+    product(1, (to < r->rows ? to : r->rows) - from, s + from, room, v, v_token,
+            r->mixed + from * r->wide, r->wide, n, whole, &keys);
     for (int64_t d = whole * LANES; d < r->dim; d++)
         for (int64_t i = from; i < to; i++) {
             float mine = 0;
-            for (j = 0; j < n; j++) mine += s[j * room + i] * v[j * v_token + d];
+            for (int64_t j = 0; j < n; j++) mine += s[j * room + i] * v[j * v_token + d];
             r->mixed[i * r->wide + d] += mine;
         }
 }
@@ -199,8 +236,9 @@ static int64_t scratch_of(int64_t room, int64_t dim, int64_t keys) {
     return room * (dim + ROOM(dim) + 5) + BLOCK * room + kept;
 }
 
-static int64_t tasks_of(int64_t rows) {
-    return (rows + MOST_VECTORS * LANES - 1) / (MOST_VECTORS * LANES);
+static int64_t tasks_of(int64_t rows, int64_t received, int threads) {
+    int64_t most = (threads == 1 && !received ? MOST_ALONE : MOST_VECTORS) * LANES;
+    return (rows + most - 1) / most;
 }
 
 /* The first row of each of so many tasks, which share whole vectors as evenly as they can. */
@@ -210,16 +248,16 @@ static int64_t start_of(int64_t task, int64_t tasks, int64_t rows) {
 }
 
 /* Rows of the largest task. */
-static int64_t room_of(int64_t rows) {
-    int64_t tasks = tasks_of(rows), vectors = ROOM(rows) / LANES;
+static int64_t room_of(int64_t rows, int64_t tasks) {
+    int64_t vectors = ROOM(rows) / LANES;
     return (vectors + tasks - 1) / tasks * LANES;
 }
 
 /* Numbers of scratch that `attend` needs; keys: 0 where nobody asks what they receive. */
 EXPORT int64_t attend_scratch(int64_t n, int64_t heads, int64_t kv_heads, int64_t dim,
                               int64_t keys, int threads) {
-    int64_t rows = n * (heads / kv_heads);
-    return threads * scratch_of(room_of(rows), dim, keys) + kv_heads * tasks_of(rows) * keys;
+    int64_t rows = n * (heads / kv_heads), tasks = tasks_of(rows, keys, threads);
+    return threads * scratch_of(room_of(rows, tasks), dim, keys) + kv_heads * tasks * keys;
 }
 
 /* q: (heads, n, dim); k, v: (kv_heads, tokens, dim), last dimensions contiguous; the others are
@@ -232,7 +270,8 @@ EXPORT void attend(const float *q, const float *k, const float *v, const int64_t
                    const int64_t *last, float scale, int64_t from, int64_t to, float *received,
                    float *scratch, float *out, int threads) {
     int64_t group = heads / kv_heads, begin = first[0], end = last[n - 1], keys = end - begin;
-    int64_t parts = tasks_of(n * group), most = room_of(n * group);
+    int64_t parts = tasks_of(n * group, received != NULL, threads);
+    int64_t most = room_of(n * group, parts);
     int64_t apart = scratch_of(most, dim, received ? keys : 0);
     float *given = scratch + threads * apart; /* (tasks, keys) */
     /* Tasks of later rows see more keys. */
@@ -267,10 +306,10 @@ EXPORT void attend(const float *q, const float *k, const float *v, const int64_t
             r.last[i] = there ? (int32_t)last[row] : 0;
         }
         for (int64_t key = begin; key < end; key += BLOCK) {
-            int64_t count = end - key < BLOCK ? end - key : BLOCK;
+            int64_t count = end - key < BLOCK ? end - key : BLOCK, rest = end - key - count;
             see(&r, k + head * strides[2] + key * strides[3], strides[3],
                 v + head * strides[4] + key * strides[5], strides[5], key, count,
-                received ? weights + (key - begin) * room : weights);
+                rest < BLOCK ? rest : BLOCK, received ? weights + (key - begin) * room : weights);
             if (received)
                 memcpy(tops + (key - begin) / BLOCK * room, r.top, (size_t)room * sizeof *tops);
         }

@@ -140,20 +140,40 @@ INLINE f32x8 exp_f32(f32x8 x) {
     return choose(small, splat(0), choose(large, splat(__builtin_inff()), e));
 }
 
-/* 2^x for x up to 0, as softmax needs it: within 2 ulp, but 0 where that is below 2^-126; NaN for
-   NaN. 2^x = 2^n 2^f with n whole and |f| <= 1 / 2, and a polynomial of least relative error. */
-INLINE f32x8 exp2_f32(f32x8 x) {
-    /* Adding it rounds to whole numbers. The low bits then hold n as an exponent is stored. */
+/* The greater of each two lanes; b where either is NaN. */
+INLINE f32x8 greater(f32x8 a, f32x8 b) {
+#ifdef __AVX2__
+    return (f32x8)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
+
+/* x[i] = 2^x[i] for `count` vectors up to 0, as softmax needs it: within 2 ulp, but 0 from -126.5
+   down; NaN for NaN. 2^x = 2^n 2^f with n whole and |f| <= 1 / 2, and a polynomial of least
+   relative error. Each step waits for the one before, so several vectors go through it together. */
+INLINE void exp2_each(int count, f32x8 *x) {
+    /* Adding it rounds to whole numbers. The low bits then hold n as an exponent is stored; of
+       -127, that is 0. */
     const f32x8 magic = splat(0x1.8p23f + 127);
-    f32x8 shifted = x + magic, f = x - (shifted - magic);
-    f32x8 p = splat(0.001327637f);
-    p = p * f + splat(0.009675529f);
-    p = p * f + splat(0.055507135f);
-    p = p * f + splat(0.2402212f);
-    p = p * f + splat(0.69314694f);
-    p = p * f + splat(1.0000001f);
-    p *= (f32x8)((i32x8)shifted << 23);
-    return choose(x < splat(-126), splat(0), p);
+    const float c[] = {0.009675529f, 0.055507135f, 0.2402212f, 0.69314694f, 1.0000001f};
+    f32x8 shifted[4], p[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < count; i++) {
+        x[i] = greater(splat(-127), x[i]);
+        shifted[i] = x[i] + magic, x[i] -= shifted[i] - magic, p[i] = splat(0.001327637f);
+    }
+#pragma GCC unroll 5
+    for (int step = 0; step < 5; step++)
+#pragma GCC unroll 4
+        for (int i = 0; i < count; i++) p[i] = p[i] * x[i] + splat(c[step]);
+#pragma GCC unroll 4
+    for (int i = 0; i < count; i++) x[i] = p[i] * (f32x8)((i32x8)shifted[i] << 23);
+}
+
+INLINE f32x8 exp2_f32(f32x8 x) {
+    exp2_each(1, &x);
+    return x;
 }
 
 #endif
