@@ -8,6 +8,7 @@ from typing import Any
 
 from kvrag.fusion.controller import Reason
 from kvrag.generation.decode import FinishReason
+from kvrag.retrieval.hybrid import Match
 
 __all__ = ["Answer", "Report", "Source", "Spans", "TokenCounts", "TokenReport"]
 
@@ -93,9 +94,9 @@ class Report:
 class Source:
     """A chunk of the prompt.
 
-    document: None for passages. score: cosine similarity, None for passages. tier: where its KV
-    came from; "device" if the device held it, "computed" if no tier had it, "none" if the strategy
-    reads no blocks.
+    document, score and match: None for passages. score: what its search ranked it by, see
+    docs/retrieval.md. match: how it was found. tier: where its KV came from; "device" if the
+    device held it, "computed" if no tier had it, "none" if the strategy reads no blocks.
     """
 
     id: str
@@ -104,6 +105,7 @@ class Source:
     text: str
     score: float | None
     tier: str
+    match: Match | None = None
 
 
 @dataclass(frozen=True, slots=True)

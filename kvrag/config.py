@@ -21,6 +21,7 @@ from pydantic_settings import (
 )
 
 from kvrag.errors import SettingsError
+from kvrag.searching import SearchMode
 from kvrag.store.encryption_key import key_from_text
 from kvrag.store.limits import LONGEST_TTL_S
 from kvrag.store.redis_address import RedisAddress
@@ -137,6 +138,15 @@ class Settings(BaseSettings):
         256, ge=32, le=2048, description="Most tokens of a chunk made from a document."
     )
     k: int = Field(4, ge=1, description="Chunks retrieved for a question.")
+    search: SearchMode = Field(
+        "hybrid", description="How chunks are found: by meaning, by words, or by both."
+    )
+    mmr: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Part of relevance in choosing chunks, the rest being novelty (MMR).",
+    )
     strategy: str = Field("fast", description="Fusion strategy.")
     ratio: float | None = Field(
         None, ge=0, le=1, description="Recompute ratio; None is the strategy's own."

@@ -1,4 +1,4 @@
-"""One corpus: catalog, vector index and embedder of a namespace, opened when first needed."""
+"""One corpus: catalog, indexes and embedder of a namespace, opened when first needed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvrag.errors import EmptyCorpusError
 from kvrag.models.tokenizer import Tokenizer
 from kvrag.prefill import ContextChunk
 from kvrag.retrieval.catalog import Catalog, ChunkInput, StoredChunk, StoredDocument
@@ -14,7 +15,9 @@ from kvrag.retrieval.chunking import Chunker, render_chunk
 from kvrag.retrieval.documents import Document
 from kvrag.retrieval.embedder import Embedder, open_embedder
 from kvrag.retrieval.errors import CatalogError
+from kvrag.retrieval.hybrid import Found, HybridSearch
 from kvrag.retrieval.index import VectorIndex
+from kvrag.searching import Search
 
 __all__ = ["Corpus"]
 
@@ -47,6 +50,7 @@ class Corpus:
         self._lock = threading.RLock()
         self._opened: tuple[Embedder, VectorIndex] | None = None
         self._chunker: Chunker | None = None
+        self._hybrid = HybridSearch(catalog, namespace, self._open)
 
     @property
     def catalog(self) -> Catalog:
@@ -81,20 +85,21 @@ class Corpus:
         )
 
     def prepare(self) -> None:
-        """Open embedder and index, which the first search does otherwise."""
+        """Open embedder and indexes, which the first search does otherwise."""
         self._open()
+        self._hybrid.prepare()
 
-    def search(self, question: str, k: int) -> list[ContextChunk]:
-        """The `k` nearest chunks, best first."""
+    def search(self, question: str, k: int, search: Search) -> list[ContextChunk]:
+        """At most `k` chunks, best first; None of the fields of `search` is left open."""
         if not self._catalog.counts(self._namespace).chunks:
-            return []
-        embedder, index = self._open()
-        index.refresh()
-        hits = index.search(embedder.embed_query(question), k)
-        chunks = self._catalog.chunk([chunk_id for chunk_id, _ in hits], namespace=self._namespace)
-        found = (
-            self._context(chunk, score) for chunk, (_, score) in zip(chunks, hits, strict=True)
+            raise EmptyCorpusError("the corpus is empty; add documents first, or give passages")
+        if search.mode is None or search.mmr is None:
+            raise ValueError(f"a search leaves nothing open, got {search!r}")
+        hits = self._hybrid.search(
+            question, k, mode=search.mode, where=search.filter(), mmr=search.mmr
         )
+        chunks = self._catalog.chunk([hit.chunk_id for hit in hits], namespace=self._namespace)
+        found = (self._context(chunk, hit) for chunk, hit in zip(chunks, hits, strict=True))
         return [context for context in found if context is not None]
 
     def token_ids(self, chunk_id: int) -> tuple[int, ...] | None:
@@ -121,7 +126,7 @@ class Corpus:
             if self._opened is not None:
                 self._opened[1].save()
 
-    def _context(self, chunk: StoredChunk | None, score: float) -> ContextChunk | None:
+    def _context(self, chunk: StoredChunk | None, hit: Found) -> ContextChunk | None:
         """None for a chunk that was deleted between the index and here: it is not found."""
         token_ids = None if chunk is None else self.token_ids(chunk.id)
         if chunk is None or token_ids is None:
@@ -132,7 +137,8 @@ class Corpus:
             title=chunk.title,
             text=chunk.text,
             token_ids=token_ids,
-            score=score,
+            score=hit.score,
+            match=hit.match,
         )
 
     def _open(self) -> tuple[Embedder, VectorIndex]:

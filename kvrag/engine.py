@@ -34,7 +34,13 @@ from kvrag.blocks import (
 from kvrag.config import Settings
 from kvrag.corpus import Corpus
 from kvrag.encoded_texts import EncodedTexts
-from kvrag.errors import ClosedError, InputError, PromptTooLongError, SettingsError
+from kvrag.errors import (
+    ClosedError,
+    InputError,
+    NothingFoundError,
+    PromptTooLongError,
+    SettingsError,
+)
 from kvrag.fixed import Fixed
 from kvrag.fusion import FusionStrategy, Prompt, create
 from kvrag.fusion.controller import Controller
@@ -56,6 +62,7 @@ from kvrag.retrieval.catalog import Catalog, Counts, StoredDocument
 from kvrag.retrieval.documents import Document
 from kvrag.retrieval.loaders import Skipped
 from kvrag.retriever import RetrievedChunk
+from kvrag.searching import Search, SearchMode
 from kvrag.store.claims import Claims
 from kvrag.store.codecs import Codec, codec
 from kvrag.store.keys import KeyMaker
@@ -159,15 +166,17 @@ class Engine:
         strategy: str | FusionStrategy | None = None,
         ratio: float | None = None,
         cancelled: Callable[[], bool] = lambda: False,
+        search: Search | SearchMode | None = None,
         per_token: bool = False,
         **generation: Any,
     ) -> Answer:
-        """Answer a question over `passages`, or over the `k` nearest chunks of the corpus.
+        """Answer a question over `passages`, or over the `k` best chunks of the corpus.
 
         Args:
             strategy: name of a fusion strategy, see `kvrag.fusion.strategy_names()`, or one.
             ratio: recompute ratio, for strategies that select.
             cancelled: asked between layers and tokens; true ends the answer early.
+            search: "hybrid", "dense" or "lexical", or a `kvrag.searching.Search` with a filter.
             per_token: whether the report tells of each context token.
             generation: see `GenerationParams`: max_tokens, temperature, top_p, top_k, seed, stop.
 
@@ -181,6 +190,7 @@ class Engine:
             strategy=strategy,
             ratio=ratio,
             cancelled=cancelled,
+            search=search,
             per_token=per_token,
             **generation,
         )
@@ -197,6 +207,7 @@ class Engine:
         strategy: str | FusionStrategy | None = None,
         ratio: float | None = None,
         cancelled: Callable[[], bool] = lambda: False,
+        search: Search | SearchMode | None = None,
         per_token: bool = False,
         **generation: Any,
     ) -> AnswerStream:
@@ -209,7 +220,9 @@ class Engine:
             params = replace(params, stop=self._layout.stop)
         asked = self._strategy(strategy, ratio)
         adapt = self._adapts(strategy, ratio)
-        context = self._context(question, passages, k, params.max_tokens, adapt=adapt)
+        context = self._context(
+            question, passages, k, params.max_tokens, adapt=adapt, search=search
+        )
         context, plan = self.blending.admit(context, asked)
         return AnswerStream(
             self.model,
@@ -231,6 +244,7 @@ class Engine:
         k: int | None = None,
         strategy: str | FusionStrategy | None = None,
         ratio: float | None = None,
+        search: Search | SearchMode | None = None,
     ) -> torch.Tensor:
         """Natural logarithms of the next-token probabilities along a given continuation.
 
@@ -250,6 +264,7 @@ class Engine:
             k=k,
             strategy=strategy,
             ratio=ratio,
+            search=search,
         )
         return self.continuation_logprobs(prefilled, token_ids)
 
@@ -262,6 +277,7 @@ class Engine:
         k: int | None = None,
         strategy: str | FusionStrategy | None = None,
         ratio: float | None = None,
+        search: Search | SearchMode | None = None,
         corpus_prefix: str | None = None,
     ) -> Prefilled:
         """Fill a KV cache with the prompt, with room for `new_tokens` more, and go no further.
@@ -270,7 +286,7 @@ class Engine:
             corpus_prefix: text that the passages' blocks are computed behind; None is the
                 prompt's own prefix.
         """
-        context = self._context(question, passages, k, new_tokens, corpus_prefix)
+        context = self._context(question, passages, k, new_tokens, corpus_prefix, search=search)
         return self._filled(context, self._strategy(strategy, ratio), new_tokens)
 
     def fill(
@@ -348,15 +364,25 @@ class Engine:
         return self._job().run(None, report, self._unless_closed(cancelled))
 
     def retrieve(
-        self, question: str, *, k: int | None = None, prefetch: bool = False
+        self,
+        question: str,
+        *,
+        k: int | None = None,
+        prefetch: bool = False,
+        search: Search | SearchMode | None = None,
     ) -> list[RetrievedChunk]:
-        """The `k` nearest chunks of the corpus with handles on their KV, best first.
+        """The `k` best chunks of the corpus with handles on their KV, best first.
+
+        Fewer, or none, where a filter or a search by words alone finds no more.
 
         Raises:
-            InputError: an empty question, k below 1, or an empty corpus.
+            InputError: an empty question, k below 1, a search that is not allowed, or an empty
+                corpus.
         """
         _, _, retriever = self._open_corpus()
-        return retriever.retrieve(question, _first(k, self.settings.k), prefetch=prefetch)
+        settings = self.settings
+        plan = Search.of(search).or_else(settings.search, settings.mmr)
+        return retriever.retrieve(question, _first(k, settings.k), plan, prefetch=prefetch)
 
     def prepare(self) -> None:
         """Open what the first question to the corpus would wait for; nothing for an empty one."""
@@ -530,19 +556,27 @@ class Engine:
         corpus_prefix: str | None = None,
         *,
         adapt: bool = False,
+        search: Search | SearchMode | None = None,
     ) -> Context:
         self._check_open()
         self._references.refresh()
         if passages is not None:
             if k is not None:
                 raise InputError("give passages or k, not both")
+            if search is not None:
+                raise InputError("give passages or search, not both")
             begun = time.perf_counter()
             chunks = passage_chunks(passages, self._texts)
             prefill = self._passages_prefill(corpus_prefix)
             fitted = prefill.fit(question, chunks, new_tokens)
             return Context(prefill, fitted, begun=begun, retrieve_s=0.0, adapt=adapt)
         begun = time.perf_counter()
-        found = self.retrieve(question, k=k)
+        found = self.retrieve(question, k=k, search=search)
+        if not found:
+            raise NothingFoundError(
+                "no chunk of the corpus is found: none passes the filter, or none shares a word "
+                "with the question"
+            )
         retrieved = time.perf_counter()
         _, blocks, _ = self._open_corpus()
         prefill = self._prefill(blocks)

@@ -5,6 +5,7 @@
     ├── InputError (ValueError)  a question, passage or option that cannot be served
     │   ├── PromptTooLongError   the question alone does not fit, or a passage is too long
     │   ├── EmptyCorpusError     there are no documents to retrieve from
+    │   ├── NothingFoundError    no chunk of the corpus is found by the search
     │   └── UnknownStrategyError names the registered strategies
     ├── ModelError               a model that cannot be found, read or trusted
     │   ├── ModelNotFoundError
@@ -28,6 +29,7 @@ __all__ = [
     "MissingExtraError",
     "ModelError",
     "ModelNotFoundError",
+    "NothingFoundError",
     "PromptTooLongError",
     "SettingsError",
     "UnknownStrategyError",
@@ -53,6 +55,10 @@ class PromptTooLongError(InputError):
 
 class EmptyCorpusError(InputError):
     """Nothing to retrieve from: no documents, and no passages given."""
+
+
+class NothingFoundError(InputError):
+    """No chunk passes the filter, or, in a search by words, shares a word with the question."""
 
 
 class UnknownStrategyError(InputError):

@@ -24,6 +24,7 @@ from kvrag.generation.kv_memory import KVMemory
 from kvrag.generation.prefix_cache import PrefixCache
 from kvrag.models.source import Model
 from kvrag.prompting import PromptLayout
+from kvrag.retrieval.hybrid import Match
 from kvrag.store.block import Block
 from kvrag.store.codecs import Codec
 from kvrag.store.tiered import BlockReader
@@ -38,7 +39,7 @@ COMPUTED, AWAITED, DEVICE = "computed", "awaited", "device"
 
 @dataclass(frozen=True, slots=True)
 class ContextChunk:
-    """A chunk on its way into a prompt. `document` and `score` are None for passages."""
+    """A chunk on its way into a prompt. `document`, `score` and `match` are None for passages."""
 
     id: str
     document: str | None
@@ -46,6 +47,7 @@ class ContextChunk:
     text: str
     token_ids: tuple[int, ...]
     score: float | None
+    match: Match | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ class Prefill:
         self._device, self._memory = device, memory
 
     def fit(self, question: str, chunks: Sequence[ContextChunk], new_tokens: int) -> Fitted:
-        """Lay the prompt out; the last chunks, which score lowest, are dropped until it fits.
+        """Lay the prompt out; the last chunks, which rank lowest, are dropped until it fits.
 
         Raises:
             InputError: the question is empty.

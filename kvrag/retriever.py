@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from kvrag.blocks import ChunkBlocks, PlacedBlocks
-from kvrag.errors import ClosedError, EmptyCorpusError, InputError
+from kvrag.errors import ClosedError, InputError
 from kvrag.prefill import ContextChunk
+from kvrag.searching import Search
 from kvrag.store.errors import StoreError
 from kvrag.store.keys import BlockKey
 from kvrag.store.tiered import BlockReader
@@ -111,17 +112,21 @@ class KVHandle:
 
 @dataclass(frozen=True, slots=True)
 class RetrievedChunk:
-    """A chunk, its cosine similarity to the question, and a handle on its stored KV."""
+    """A chunk with how it was found, the score it was ranked by, and a handle on its stored KV.
+
+    score: cosine similarity of a dense search, BM25 of a lexical one, fused ranks of a hybrid one,
+    where 1 is first by meaning and by words. `chunk.match` has ranks and scores of both.
+    """
 
     chunk: ContextChunk
     score: float
     handle: KVHandle
 
 
-class Search(Protocol):
+class Finder(Protocol):
     """Finds chunks: the corpus, as the retriever sees it."""
 
-    def search(self, question: str, k: int) -> list[ContextChunk]: ...
+    def search(self, question: str, k: int, search: Search) -> list[ContextChunk]: ...
 
 
 class KVRetriever:
@@ -129,7 +134,7 @@ class KVRetriever:
 
     def __init__(
         self,
-        corpus: Search,
+        corpus: Finder,
         blocks: PlacedBlocks,
         locate: Callable[[Sequence[BlockKey]], list[str | None]],
         *,
@@ -142,10 +147,13 @@ class KVRetriever:
         self._held: dict[threading.Timer, list[KVHandle]] = {}
         self._closed = False
 
-    def retrieve(self, question: str, k: int, *, prefetch: bool = False) -> list[RetrievedChunk]:
-        """The `k` chunks nearest to the question, best first; fewer if the corpus holds fewer.
+    def retrieve(
+        self, question: str, k: int, search: Search, *, prefetch: bool = False
+    ) -> list[RetrievedChunk]:
+        """The `k` best chunks for the question, best first; fewer if fewer are found.
 
         Args:
+            search: with nothing left open.
             prefetch: begin to load the blocks into the fastest tier at once.
 
         Raises:
@@ -155,9 +163,7 @@ class KVRetriever:
             raise InputError("the question is empty")
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise InputError(f"k is {k!r}; it must be a whole number, at least 1")
-        chunks = self._corpus.search(question, k)
-        if not chunks:
-            raise EmptyCorpusError("the corpus is empty; add documents first, or give passages")
+        chunks = self._corpus.search(question, k, search)
         chosen = self._blocks.choose([chunk.token_ids for chunk in chunks])
         keys = [kind.key(chunk.token_ids) for kind, chunk in zip(chosen, chunks, strict=True)]
         found = []

@@ -97,7 +97,7 @@ class AnswerStream:
         self._cancel = False
         self._answer: Answer | None = None
         self.sources = tuple(
-            Source(c.id, c.document, c.title, c.text, c.score, tier="")
+            Source(c.id, c.document, c.title, c.text, c.score, tier="", match=c.match)
             for c in context.fitted.chunks
         )
         self._pieces = self._run()

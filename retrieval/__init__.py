@@ -20,11 +20,15 @@ from .errors import (
     CatalogError,
     DocumentError,
     EmbedderError,
+    FilterError,
     MissingExtraError,
     RetrievalError,
 )
+from .hybrid import Found, HybridSearch, Match
 from .index import VectorIndex
+from .lexical import LexicalIndex
 from .loaders import Skipped, load
+from .where import Where
 
 __all__ = [
     "Catalog",
@@ -37,6 +41,11 @@ __all__ = [
     "DocumentError",
     "Embedder",
     "EmbedderError",
+    "FilterError",
+    "Found",
+    "HybridSearch",
+    "LexicalIndex",
+    "Match",
     "MissingExtraError",
     "Piece",
     "RetrievalError",
@@ -45,6 +54,7 @@ __all__ = [
     "StoredChunk",
     "StoredDocument",
     "VectorIndex",
+    "Where",
     "load",
     "open_embedder",
     "packaged_minilm_path",

@@ -28,7 +28,7 @@ class BlockRefs(CatalogFile):
         )
         if known:  # the common case of a query, which must not wait for a writer
             return True
-        with self._writing() as db:
+        with self.writing() as db:
             exists = db.execute("SELECT namespace FROM chunks WHERE id = ?", (int(chunk_id),))
             row = exists.fetchone()
             if row is None:
@@ -43,7 +43,7 @@ class BlockRefs(CatalogFile):
 
     def forget_block(self, key: str) -> int:
         """Drop all references to a block that the store lost; returns how many there were."""
-        with self._writing() as db:
+        with self.writing() as db:
             return db.execute("DELETE FROM block_refs WHERE block_key = ?", (key,)).rowcount
 
     def block_keys(self) -> Iterator[str]:
@@ -92,7 +92,7 @@ class BlockRefs(CatalogFile):
 
     def settle_deletions(self, keys: Sequence[str]) -> None:
         """The blocks are deleted wherever they lay."""
-        with self._writing() as db:
+        with self.writing() as db:
             db.executemany(
                 "DELETE FROM owed_deletions WHERE block_key = ?", [(key,) for key in keys]
             )

@@ -55,8 +55,11 @@ class CatalogFile:
         return self._path
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, committed at the end of the block, rolled back by any exception."""
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction, committed at the end of the block, rolled back by any exception.
+
+        For this room alone.
+        """
         with self._lock, translated(self._path):
             # IMMEDIATE waits for the writer's lock now; a read that upgrades later may not wait.
             self._db.execute("BEGIN IMMEDIATE")
@@ -70,6 +73,12 @@ class CatalogFile:
                 raise
             if self._log_has_deleted:
                 self._log_has_deleted = not empty_log(self._db)
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """The connection for one statement, whose rows are fetched inside; for this room alone."""
+        with self._lock, translated(self._path):
+            yield self._db
 
     def _rows(self, sql: str, values: tuple[object, ...]) -> list[Any]:
         with self._lock, translated(self._path):

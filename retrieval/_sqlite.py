@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from ._lexical_table import SCHEMA as _LEXICAL_TABLES
 from .errors import CatalogError
 
 _APPLICATION_ID = 0x6B767267  # "kvrg"
@@ -79,7 +80,7 @@ CREATE TABLE owed_deletions (block_key TEXT PRIMARY KEY) WITHOUT ROWID;
 """
 
 #: What leads from each version to the next, beginning with an empty file.
-_STEPS = (_FIRST_SCHEMA, _NUMBERED_REFERENCES, _OWED_DELETIONS)
+_STEPS = (_FIRST_SCHEMA, _NUMBERED_REFERENCES, _OWED_DELETIONS, _LEXICAL_TABLES)
 SCHEMA_VERSION = len(_STEPS)
 
 _LOG_WAIT_MS = 50

@@ -19,10 +19,12 @@ import numpy.typing as npt
 
 from ._block_refs import BlockRefs
 from ._catalog_file import BATCH_ROWS, check_name
+from ._lexical_table import begin_table, fill, forget, table_of
 from ._sqlite import translated, write_backup
 from .documents import Document
 from .errors import CatalogError
 from .records import ChunkInput, Counts, DeletedDocument, StoredChunk, StoredDocument
+from .where import Where
 
 __all__ = [
     "Catalog",
@@ -76,7 +78,7 @@ class Catalog(BlockRefs):
         metadata = None
         if document.metadata is not None:
             metadata = json.dumps(document.metadata, ensure_ascii=False)
-        with self._writing() as db:
+        with self.writing() as db:
             inserted = db.execute(
                 "INSERT INTO documents (namespace, id, title, source, metadata, added_at) "
                 "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
@@ -85,6 +87,7 @@ class Catalog(BlockRefs):
             if inserted.rowcount == 0:
                 return False
             self._check_dim(namespace, embedder, matrix.shape[1])
+            words = self._lexical_table(namespace)
             for ordinal, chunk in enumerate(chunks):
                 chunk_id = db.execute(
                     "INSERT INTO chunks (namespace, document_id, ordinal, title, text) "
@@ -101,6 +104,8 @@ class Catalog(BlockRefs):
                     "VALUES (?, ?, ?, ?)",
                     (namespace, embedder, chunk_id, matrix[ordinal].tobytes()),
                 )
+                if words is not None and chunk_id is not None:
+                    fill(db, words, namespace, [(chunk_id, chunk.title, chunk.text)])
             self._bump_generation(namespace)
         return True
 
@@ -115,7 +120,7 @@ class Catalog(BlockRefs):
         writing at that instant, after one of the next writes, or when the last process closes.
         """
         doomed = (namespace, document_id)
-        with self._writing() as db:
+        with self.writing() as db:
             chunk_ids = self.document_chunks(namespace, document_id)
             orphans = db.execute(
                 "SELECT DISTINCT r.block_key FROM block_refs r JOIN chunks c ON c.id = r.chunk_id "
@@ -129,6 +134,7 @@ class Catalog(BlockRefs):
             deleted = db.execute("DELETE FROM documents WHERE namespace = ? AND id = ?", doomed)
             if deleted.rowcount == 0:
                 return None
+            forget(db, namespace, chunk_ids)
             db.executemany("INSERT INTO owed_deletions VALUES (?) ON CONFLICT DO NOTHING", orphans)
             self._log_has_deleted = True
             self._bump_generation(namespace)
@@ -169,6 +175,17 @@ class Catalog(BlockRefs):
         ):
             yield chunk_id
 
+    def chunk_ids_where(self, namespace: str, where: Where) -> npt.NDArray[np.int64]:
+        """The ids of chunks whose document's metadata pass the filter, ascending: `(n,)` int64."""
+        condition, values = where.sql("d.metadata")
+        rows = self._rows(
+            "SELECT c.id FROM documents d JOIN chunks c "
+            "ON c.namespace = d.namespace AND c.document_id = d.id "
+            f"WHERE d.namespace = ? AND d.metadata IS NOT NULL AND {condition} ORDER BY c.id",
+            (namespace, *values),
+        )
+        return np.array([chunk_id for (chunk_id,) in rows], dtype=np.int64)
+
     def chunk(
         self, ids: Sequence[int], *, namespace: str | None = None
     ) -> list[StoredChunk | None]:
@@ -203,7 +220,7 @@ class Catalog(BlockRefs):
     def set_token_ids(self, chunk_id: int, tokenizer: str, token_ids: Sequence[int]) -> bool:
         """Store or replace a chunk's ids for one tokenizer; False if the chunk is gone."""
         blob = _token_blob(token_ids)
-        with self._writing() as db:
+        with self.writing() as db:
             # SELECT ... WHERE, so that a chunk deleted meanwhile inserts nothing.
             changed = db.execute(
                 "INSERT OR REPLACE INTO chunk_tokens (chunk_id, namespace, tokenizer, token_ids) "
@@ -224,7 +241,7 @@ class Catalog(BlockRefs):
         """
         matrix = _checked_vectors(vectors, len(chunk_ids))
         num_stored = 0
-        with self._writing() as db:
+        with self.writing() as db:
             namespaces = set()
             for chunk_id, vector in zip(chunk_ids, matrix, strict=True):
                 row = db.execute(
@@ -314,7 +331,7 @@ class Catalog(BlockRefs):
         check_name("namespace", namespace)
         check_name("setting key", key)
         clash = "DO UPDATE SET value = excluded.value" if overwrite else "DO NOTHING"
-        with self._writing() as db:
+        with self.writing() as db:
             db.execute(
                 "INSERT INTO settings (namespace, key, value) VALUES (?, ?, ?) "
                 f"ON CONFLICT (namespace, key) {clash}",
@@ -390,6 +407,18 @@ class Catalog(BlockRefs):
             "ON CONFLICT (namespace) DO UPDATE SET generation = generation + excluded.generation",
             (namespace, step),
         )
+
+    def _lexical_table(self, namespace: str) -> str | None:
+        """The full-text table that new chunks go into; None while older ones are to be caught up.
+
+        In a transaction.
+        """
+        table = table_of(self._db, namespace)
+        if table is None:
+            rows = self._rows("SELECT 1 FROM chunks WHERE namespace = ? LIMIT 1", (namespace,))
+            if not rows:
+                table, _ = begin_table(self._db, namespace)
+        return table
 
     def _check_dim(self, namespace: str, embedder: str, dim: int) -> None:
         rows = self._rows(

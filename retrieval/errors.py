@@ -4,6 +4,7 @@
     ├── DocumentError      also ValueError: a document, or a path to one, that cannot be taken
     ├── CatalogError       the SQLite catalog is locked, damaged, read-only, full or too new
     ├── EmbedderError      the embedding model is absent, unusable or gave unusable vectors
+    ├── FilterError        also ValueError: a filter over metadata that cannot be applied
     └── MissingExtraError  also ImportError: an optional library is not installed
 
 What is merely absent is `None`, never an error. A damaged index file is neither: it is rebuilt.
@@ -14,7 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["CatalogError", "DocumentError", "EmbedderError", "MissingExtraError", "RetrievalError"]
+__all__ = [
+    "CatalogError",
+    "DocumentError",
+    "EmbedderError",
+    "FilterError",
+    "MissingExtraError",
+    "RetrievalError",
+]
 
 
 class RetrievalError(Exception):
@@ -31,6 +39,10 @@ class CatalogError(RetrievalError):
 
 class EmbedderError(RetrievalError):
     """The embedding model is absent or unusable."""
+
+
+class FilterError(RetrievalError, ValueError):
+    """A filter over metadata was refused; the message says what is allowed."""
 
 
 class MissingExtraError(RetrievalError, ImportError):

@@ -114,11 +114,18 @@ class VectorIndex:
         with self._lock:
             return int(self._index.remove_ids(id_array)) if id_array.size else 0
 
-    def search(self, vector: npt.NDArray[np.float32], k: int) -> list[tuple[int, float]]:
+    def search(
+        self,
+        vector: npt.NDArray[np.float32],
+        k: int,
+        *,
+        allowed: npt.NDArray[np.int64] | None = None,
+    ) -> list[tuple[int, float]]:
         """The `k` chunks nearest to `vector` `(dim,)`, as (chunk id, score), best first.
 
-        All of them if there are fewer than `k`. Equal scores come in order of chunk id, and the
-        result does not depend on the order in which vectors were added.
+        All of them if there are fewer than `k`. `allowed`: `(n,)` int64, the only chunk ids to be
+        looked at; ids that are not in the index do no harm. Equal scores come in order of chunk id,
+        and the result does not depend on the order in which vectors were added.
         """
         query = np.ascontiguousarray(vector, dtype=np.float32)
         if query.shape != (self._dim,):
@@ -128,7 +135,7 @@ class VectorIndex:
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         with self._lock:
-            ids, rows = self._candidates(query, k)
+            ids, rows = self._candidates(query, k, allowed)
         # Scored anew: FAISS sums by blocks of rows, so equal vectors may differ in the last bit.
         scores = (rows.astype(np.float64) * query).sum(axis=1)
         order = np.lexsort((ids, -scores))[:k]
@@ -174,16 +181,24 @@ class VectorIndex:
             return written
 
     def _candidates(
-        self, query: npt.NDArray[np.float32], k: int
+        self, query: npt.NDArray[np.float32], k: int, allowed: npt.NDArray[np.int64] | None
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Ids and vectors that surely hold the best `k`, ties at the boundary included."""
         size = len(self)
+        options: Any = None
+        if allowed is not None:
+            options = self._faiss.SearchParameters()
+            selector = self._faiss.IDSelectorBatch(
+                allowed
+            )  # lives as long as `options` points to it
+            options.sel = selector
+            size = min(size, len(allowed))
         k = min(k, size)
         if not k:
             return np.empty(0, dtype=np.int64), np.empty((0, self._dim), dtype=np.float32)
         fetch = min(size, k + _TIE_SLACK)
         while True:
-            scores, ids = self._index.search(query[None, :], fetch)
+            scores, ids = self._index.search(query[None, :], fetch, params=options)
             if fetch == size or scores[0, k - 1] - scores[0, fetch - 1] > _TIE:
                 break
             fetch = min(size, 2 * fetch)

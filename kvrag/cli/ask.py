@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvrag.answer import Answer, Report, Source
+    from kvrag.searching import Search
 
 __all__ = ["ask"]
 
@@ -40,6 +42,20 @@ def ask(
         typer.Option(help="JSONL file of {title, text}: answer over these, not the corpus."),
     ] = None,
     k: Annotated[int | None, typer.Option("--k", help="Chunks retrieved.")] = None,
+    search: Annotated[
+        str | None, typer.Option(help="How chunks are found: hybrid, dense or lexical.")
+    ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help='Filter over metadata: \'{"lang": "en", "year": {"gte": 2000}}\'.',
+        ),
+    ] = None,
+    mmr: Annotated[
+        float | None,
+        typer.Option(help="0 to 1: part of relevance in choosing chunks, the rest novelty."),
+    ] = None,
     strategy: Annotated[str | None, typer.Option(help="Fusion strategy.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Recompute ratio, 0 to 1.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of the answer.")] = None,
@@ -65,6 +81,7 @@ def ask(
     """
     settings = settings_of(context)
     given = None if passages is None else read_passages(passages)
+    looked_for = _search(search, where, mmr)
     asked = _question(question)
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -91,6 +108,7 @@ def ask(
             k=k,
             strategy=strategy,
             ratio=ratio,
+            search=looked_for,
             per_token=per_token,
             **generation,
         )
@@ -145,6 +163,24 @@ def _passage(line: bytes) -> dict[str, str]:
     if not fields.get("text", "").strip():
         raise ValueError("it has no text")
     return fields
+
+
+def _search(mode: str | None, where: str | None, mmr: float | None) -> Search | None:
+    """What the options ask of retrieval; None for nothing."""
+    from kvrag.errors import InputError
+    from kvrag.searching import Search
+
+    if mode is None and where is None and mmr is None:
+        return None
+    fields: Any = None
+    if where is not None:
+        try:
+            fields = json.loads(where)
+        except (ValueError, RecursionError) as exc:
+            raise InputError(f"--where is no JSON: {exc}") from exc
+        if not isinstance(fields, dict):
+            raise InputError(f"--where is {where!r:.80}; a JSON object is needed")
+    return replace(Search.of(mode), where=fields, mmr=mmr)
 
 
 def _question(argument: str) -> str:

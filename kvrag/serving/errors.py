@@ -24,6 +24,7 @@ from kvrag.errors import (
     InputError,
     KvragError,
     MissingExtraError,
+    NothingFoundError,
     PromptTooLongError,
     UnknownStrategyError,
 )
@@ -109,6 +110,7 @@ _KNOWN: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (JobCancelledError, _CLIENT_GONE, "cancelled", None),
     (UnknownDocumentError, 404, "unknown_document", "id"),
     (EmptyCorpusError, 400, "empty_corpus", "passages"),
+    (NothingFoundError, 400, "nothing_found", "question"),
     (UnknownStrategyError, 400, "unknown_strategy", "strategy"),
     (PromptTooLongError, 400, "too_long", None),
     (InvalidDocumentError, 400, "invalid_document", None),

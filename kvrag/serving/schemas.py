@@ -24,6 +24,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from kvrag.fusion.controller import Reason
+from kvrag.retrieval.errors import FilterError
+from kvrag.retrieval.where import Where
+from kvrag.searching import Search, SearchMode
 
 __all__ = [
     "AddBody",
@@ -127,8 +130,16 @@ StopTexts = Annotated[
 ]
 
 
+def _check_where(fields: dict[str, Any]) -> dict[str, Any]:
+    try:
+        Where.parse(fields)
+    except FilterError as exc:
+        raise PydanticCustomError("where", "{reason}", {"reason": str(exc)}) from exc
+    return fields
+
+
 class QueryBody(_Request):
-    """A question over the passages that it brings, or over the `k` nearest chunks of the corpus.
+    """A question over the passages that it brings, or over the `k` best chunks of the corpus.
 
     A field that is absent or null has the server's default.
     """
@@ -153,6 +164,21 @@ class QueryBody(_Request):
     ) = Field(None, description="Texts, or objects with `text` and perhaps `title`, in order.")
     k: int | None = Field(
         None, ge=1, le=_MAX_K, description="Chunks to retrieve; not together with passages."
+    )
+    search: SearchMode | None = Field(
+        None, description="How chunks are found: by meaning, by words, or by both."
+    )
+    where: Annotated[dict[str, Any], AfterValidator(_check_where)] | None = Field(
+        None,
+        description="Filter over the documents' metadata: a field's value, or an object of `eq`, "
+        "`in`, `gt`, `gte`, `lt`, `lte`. All fields must hold.",
+    )
+    mmr: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Part of relevance in choosing chunks, the rest being novelty.",
     )
     strategy: Line | None = Field(
         None, description="Fusion strategy, perhaps with options: `epic:tokens=4`."
@@ -180,9 +206,20 @@ class QueryBody(_Request):
             raise PydanticCustomError("passages_and_k", "give passages or k, not both")
         return k
 
+    @field_validator("search", "where", "mmr")
+    @classmethod
+    def _passages_or_search(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("passages") is not None:
+            raise PydanticCustomError("passages_and_search", "is of the corpus, not of passages")
+        return value
+
     def options(self) -> dict[str, Any]:
         """Arguments of `Engine.stream`; what is null is left to the engine."""
-        return self.model_dump(exclude={"question", "stream"}, exclude_none=True)
+        search = {"search", "where", "mmr"}
+        options = self.model_dump(exclude={"question", "stream"} | search, exclude_none=True)
+        if search & {name for name, value in self if value is not None}:
+            options["search"] = Search(self.search, self.where, self.mmr)
+        return options
 
 
 class TokenCountsBody(_Reply):
@@ -236,18 +273,31 @@ class ReportBody(_Reply):
     control: ControlBody | None = Field(description="Null if it was cancelled before it began.")
 
 
+class MatchBody(_Reply):
+    """How a chunk was found. Null: not by that index, or not among its first ones."""
+
+    dense_rank: int | None = Field(description="From 1; the place by cosine similarity.")
+    cosine: float | None = Field(description="Similarity of question and chunk.")
+    lexical_rank: int | None = Field(description="From 1; the place by BM25.")
+    bm25: float | None
+
+
 class SourceBody(_Reply):
-    """A chunk of the prompt. `document` and `score` are null for passages."""
+    """A chunk of the prompt. `document`, `score` and `match` are null for passages."""
 
     id: str
     document: str | None
     title: str
     text: str
-    score: float | None
+    score: float | None = Field(
+        description="What it was ranked by: fused ranks (1 is first by meaning and by words) of a "
+        "hybrid search, cosine similarity of a dense one, BM25 of a lexical one."
+    )
     tier: str = Field(
         description="Where its KV came from; `computed` if no tier had it, "
         "`awaited` if another request was computing it."
     )
+    match: MatchBody | None
 
 
 class AnswerBody(_Reply):

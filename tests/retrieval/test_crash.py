@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvrag.retrieval import VectorIndex
+from kvrag.retrieval import LexicalIndex, VectorIndex
 
 from .helpers import DIM, EMBEDDER, TOKENIZER, add, make_document, open_catalog, unit_vectors
 
@@ -73,6 +73,8 @@ def check(folder, reported):
         index = VectorIndex.open(folder / "index.faiss", catalog, "default", EMBEDDER, DIM)
         found = index.search(unit_vectors(1, 1)[0], 10**6)
         assert sorted(i for i, _ in found) == catalog.vector_ids("default", EMBEDDER).tolist()
+        by_words = LexicalIndex(catalog, "default").search("part", 10**6)
+        assert sorted(i for i, _ in by_words) == sorted(i for i, _ in found)
         next_number = max(reported) + 2
         assert add(catalog, next_number, chunks=5)
     db = sqlite3.connect(folder / "catalog.sqlite")
