@@ -27,7 +27,7 @@ from .errors import (
 from .hybrid import Found, HybridSearch, Match
 from .index import VectorIndex
 from .lexical import LexicalIndex
-from .loaders import Skipped, load
+from .loaders import ReadWhole, Skipped, documents_from, load, read
 from .where import Where
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "Match",
     "MissingExtraError",
     "Piece",
+    "ReadWhole",
     "RetrievalError",
     "SentenceTransformerEmbedder",
     "Skipped",
@@ -55,8 +56,10 @@ __all__ = [
     "StoredDocument",
     "VectorIndex",
     "Where",
+    "documents_from",
     "load",
     "open_embedder",
     "packaged_minilm_path",
+    "read",
     "render_chunk",
 ]

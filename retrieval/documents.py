@@ -26,6 +26,8 @@ class Document:
     title:    one line; runs of whitespace become one space. May be empty
     source:   where it came from, for people; not part of the identity
     metadata: JSON values under string keys; copied, so that later changes do not reach it
+    origin:   the file that it came from, under a name that stays; may be empty. A corpus drops what
+              a file no longer holds
     id:       32 hex digits, a digest of title and text: same content, same id
 
     Raises DocumentError for anything else.
@@ -35,11 +37,12 @@ class Document:
     title: str = ""
     source: str = ""
     metadata: dict[str, Any] | None = field(default=None, hash=False)
+    origin: str = field(default="", compare=False)
     id: str = field(init=False, default="", compare=False)
 
     def __post_init__(self) -> None:
         """Validate, normalise the title, copy the metadata and compute the id."""
-        for name in ("text", "title", "source"):
+        for name in ("text", "title", "source", "origin"):
             value = getattr(self, name)
             if not isinstance(value, str):
                 raise DocumentError(f"{name} must be a string, got {type(value).__name__}")
@@ -49,6 +52,7 @@ class Document:
         text_bytes = _utf8("text", self.text)
         title_bytes = _utf8("title", title)
         _utf8("source", self.source)
+        _utf8("origin", self.origin)
         if len(text_bytes) + len(title_bytes) > MAX_DOCUMENT_BYTES:
             raise DocumentError(
                 f"the document has {len(text_bytes) + len(title_bytes)} bytes, "

@@ -46,16 +46,16 @@ class FilterError(RetrievalError, ValueError):
 
 
 class MissingExtraError(RetrievalError, ImportError):
-    """A library of the `retrieval` extra is not installed, or does not import."""
+    """A library of an extra is not installed, or does not import; the message names the extra."""
 
 
 @contextmanager
-def needs_extra(library: str, purpose: str) -> Iterator[None]:
+def needs_extra(library: str, purpose: str, *, extra: str = "retrieval") -> Iterator[None]:
     """Turn an ImportError of `library` inside the block into one that names the extra."""
     try:
         yield
     except ImportError as exc:
         raise MissingExtraError(
             f"{purpose} needs {library}, which does not import ({exc}); "
-            "install it with: pip install 'kvrag[retrieval]'"
+            f"install it with: pip install 'kvrag[{extra}]'"
         ) from exc

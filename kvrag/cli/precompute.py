@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,11 +28,14 @@ _EXIT_SKIPPED = 3
 def precompute(
     context: typer.Context,
     paths: Annotated[
-        list[Path] | None,
-        typer.Argument(help="Files and folders (.txt, .md, .jsonl); none: only the missing KV."),
+        list[str] | None,
+        typer.Argument(help="Files, folders, patterns and URLs; none: only the missing KV."),
     ] = None,
     max_document_bytes: Annotated[
         int | None, typer.Option(help="Larger files are skipped.")
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Of text that is not UTF-8; guessed where that is certain.")
     ] = None,
     codec: Annotated[str | None, typer.Option(help="How KV is encoded: raw, int8 or int4.")] = None,
     as_json: JsonOption = False,
@@ -47,7 +49,9 @@ def precompute(
     from kvrag.retrieval.loaders import load
 
     # A path that does not exist is found here, before a model is opened.
-    documents = load(paths, max_bytes=settings.max_document_bytes) if paths else None
+    documents = (
+        load(paths, max_bytes=settings.max_document_bytes, encoding=encoding) if paths else None
+    )
     from kvrag.cli.bar import shown
     from kvrag.engine import Engine
 
@@ -59,7 +63,7 @@ def precompute(
         progress = engine.complete(report) if documents is None else engine.add(documents, report)
     seen = progress.documents_added + progress.documents_known + len(progress.skipped)
     if paths and not seen:
-        raise InputError(f"no documents in {', '.join(map(str, paths))}")
+        raise InputError(f"no documents in {', '.join(paths)}")
     if not paths and not progress.total_chunks:
         raise InputError("the corpus is empty; name files or folders to add")
     if as_json:

@@ -119,7 +119,7 @@ def test_huge_line_is_skipped_without_being_held(tmp_path):
         ("a.jsonl", b"", "empty"),
         ("a.jsonl", b"\n\n", "empty"),
         ("a.txt", b"x" * 101, "more than 100 bytes"),
-        ("a.pdf", b"%PDF", "unknown suffix '.pdf'"),
+        ("a.pdf", b"%PDF", "named .pdf, but no PDF"),
         ("README", b"text", "unknown suffix ''"),
     ],
 )
