@@ -17,6 +17,7 @@ from kvrag.bench import (
     kernels,
     layers,
     pipeline,
+    retrieval,
     sealing,
     store,
     tenants,
@@ -262,6 +263,35 @@ def eviction_command(
     options = eviction.EvictionOptions(items=items, k=k, blocks=sizes, seed=seed, plot=plot)
     with _engine(context) as engine:
         eviction.run(engine, [_data_path(engine.settings, name) for name in data or ()], options)
+
+
+@app.command("retrieval")
+def retrieval_command(
+    context: typer.Context,
+    data: Annotated[
+        str, typer.Argument(help="A folder of the eval_data folder, or any: passages, questions.")
+    ] = "hotpot_pool",
+    half: Annotated[Half, typer.Option(help="Which half: tune on even, report odd.")] = Half.odd,
+    chunks: Annotated[
+        int, typer.Option(min=0, help="Chunks of the corpus that is timed; 0 times nothing.")
+    ] = 10_000,
+    timed: Annotated[int, typer.Option(min=1, help="Questions that are timed.")] = 200,
+    mmr: Annotated[float, typer.Option(min=0, max=1, help="Part of relevance.")] = 1.0,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder where the passages' vectors are kept for next time.")
+    ] = None,
+) -> None:
+    """nDCG, recall and latency of searches by words, by meaning and by both. Opens no model."""
+    settings = _settings(context)
+    folder = Path(data).expanduser()
+    if not folder.is_dir() and settings.eval_data is not None:
+        folder = settings.eval_data / data
+    if not folder.is_dir():
+        raise InputError(
+            f"{data!r} is no folder, nor one of the setting eval_data (KVRAG_EVAL_DATA)"
+        )
+    options = retrieval.RetrievalOptions(half.value, chunks, timed, keep, mmr)
+    retrieval.run(folder, settings.embedder, options)
 
 
 @app.command("store")

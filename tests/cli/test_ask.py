@@ -11,6 +11,7 @@ import pytest
 
 from kvrag.config import Settings
 from kvrag.engine import Engine
+from kvrag.searching import Search
 from tests.cli.conftest import execute
 
 PASSAGES = [
@@ -60,7 +61,8 @@ def test_every_generation_option_reaches_the_engine(kvrag, passages, monkeypatch
     result = kvrag(
         "ask", "Who?", "--k", 3, "--strategy", "reuse", "--ratio", 0.5, "--max-tokens", 7,
         "--temperature", 0.7, "--top-p", 0.9, "--top-k", 5, "--seed", 11, "--stop", "a",
-        "--stop", "b", "--per-token",
+        "--stop", "b", "--per-token", "--search", "dense", "--where", '{"a": 1}',
+        "--mmr", 0.5,
     )  # fmt: skip
     assert result.code == 130
     assert seen == {
@@ -69,6 +71,7 @@ def test_every_generation_option_reaches_the_engine(kvrag, passages, monkeypatch
         "k": 3,
         "strategy": "reuse",
         "ratio": 0.5,
+        "search": Search("dense", {"a": 1}, 0.5),
         "per_token": True,
         "max_tokens": 7,
         "temperature": 0.7,
@@ -77,6 +80,23 @@ def test_every_generation_option_reaches_the_engine(kvrag, passages, monkeypatch
         "seed": 11,
         "stop": ["a", "b"],
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--search", "words"), "allowed are hybrid, dense, lexical"),
+        (("--where", "{"), "--where is no JSON"),
+        (("--where", "[1]"), "a JSON object is needed"),
+        (("--where", '{"a": {"like": 1}}'), "allowed are eq, in"),
+        (("--mmr", 2), "from 0 to 1"),
+    ],
+)
+def test_a_search_is_refused_before_the_model_is_opened(kvrag, options, reason, monkeypatch):
+    monkeypatch.setattr("kvrag.engine.Engine.open", lambda settings: 1 / 0)
+    result = kvrag("ask", "Who?", *options)
+    assert result.code not in (0, None)
+    assert reason in result.err
 
 
 def test_tables(kvrag, passages):
