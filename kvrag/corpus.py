@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvrag.errors import EmptyCorpusError
 from kvrag.models.tokenizer import Tokenizer
 from kvrag.prefill import ContextChunk
-from kvrag.retrieval.catalog import Catalog, ChunkInput, StoredChunk, StoredDocument
+from kvrag.retrieval.catalog import (
+    Catalog,
+    ChunkInput,
+    DeletedDocument,
+    StoredChunk,
+    StoredDocument,
+)
 from kvrag.retrieval.chunking import Chunker, render_chunk
 from kvrag.retrieval.documents import Document
 from kvrag.retrieval.embedder import Embedder, open_embedder
@@ -41,12 +47,14 @@ class Corpus:
         tokenizer: Tokenizer,
         *,
         namespace: str,
-        embedder: str,
+        embedder: str | Embedder,
         chunk_tokens: int,
+        replace: Callable[[Callable[[], DeletedDocument | None]], bool],
     ) -> None:
+        """embedder: one, or the name of one. replace: runs what replaces a document."""
         self._catalog, self._index_dir, self._tokenizer = catalog, index_dir, tokenizer
-        self._namespace, self._embedder_name = namespace, embedder
-        self._chunk_tokens = chunk_tokens
+        self._namespace, self._embedder = namespace, embedder
+        self._chunk_tokens, self._replace = chunk_tokens, replace
         self._lock = threading.RLock()
         self._opened: tuple[Embedder, VectorIndex] | None = None
         self._chunker: Chunker | None = None
@@ -63,9 +71,14 @@ class Corpus:
     def add(self, document: Document) -> bool:
         """Chunk, encode, embed and store a document; False if it is there already.
 
-        Its KV is not computed here.
+        Another content under its id is replaced. Its KV is not computed here.
         """
-        if self._catalog.document(self._namespace, document.id) is not None:
+        stored = self._catalog.document(self._namespace, document.id)
+        if stored is not None and self._has_content(stored, document):
+            if (stored.source, stored.metadata) != (document.source, document.metadata) and (
+                document.is_named
+            ):
+                self._catalog.describe_document(self._namespace, document)
             return False
         embedder, _ = self._open()
         with self._lock:
@@ -75,14 +88,18 @@ class Corpus:
                 )
             chunker = self._chunker
         rendered = [(p, render_chunk(p.title, p.text)) for p in chunker.split(document)]
-        return self._catalog.add_document(
-            self._namespace,
-            document,
-            [ChunkInput(p.title, p.text, self._tokenizer.encode(text)) for p, text in rendered],
-            tokenizer=self._tokenizer.digest,
-            vectors=embedder.embed_documents([text for _, text in rendered]),
-            embedder=embedder.fingerprint,
-        )
+        chunks = [ChunkInput(p.title, p.text, self._tokenizer.encode(text)) for p, text in rendered]
+        vectors = embedder.embed_documents([text for _, text in rendered])
+        made_by = {"tokenizer": self._tokenizer.digest, "embedder": embedder.fingerprint}
+        into = (self._namespace, document, chunks)
+        if stored is None:
+            return self._catalog.add_document(*into, vectors=vectors, **made_by)
+        self._replace(lambda: self._catalog.replace_document(*into, vectors=vectors, **made_by))
+        return True
+
+    def text(self, document_id: str) -> str | None:
+        """See `Catalog.document_text`."""
+        return self._catalog.document_text(self._namespace, document_id)
 
     def prepare(self) -> None:
         """Open embedder and indexes, which the first search does otherwise."""
@@ -126,6 +143,13 @@ class Corpus:
             if self._opened is not None:
                 self._opened[1].save()
 
+    def _has_content(self, stored: StoredDocument, document: Document) -> bool:
+        """Whether title and text are the same. An id made of them says so, unless it was given."""
+        text = self.text(stored.id)
+        if text is None and not document.is_named:
+            return True
+        return (stored.title, text) == (document.title, document.text)
+
     def _context(self, chunk: StoredChunk | None, hit: Found) -> ContextChunk | None:
         """None for a chunk that was deleted between the index and here: it is not found."""
         token_ids = None if chunk is None else self.token_ids(chunk.id)
@@ -144,7 +168,9 @@ class Corpus:
     def _open(self) -> tuple[Embedder, VectorIndex]:
         with self._lock:
             if self._opened is None:
-                embedder = open_embedder(self._embedder_name)
+                embedder = self._embedder
+                if isinstance(embedder, str):
+                    embedder = open_embedder(embedder)
                 self._fill_vectors(embedder)
                 name = f"{embedder.fingerprint}.faiss"
                 index = VectorIndex.open(

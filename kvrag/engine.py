@@ -32,6 +32,7 @@ from kvrag.blocks import (
     fine_channels,
 )
 from kvrag.config import Settings
+from kvrag.conversation import Conversation, Message
 from kvrag.corpus import Corpus
 from kvrag.encoded_texts import EncodedTexts
 from kvrag.errors import (
@@ -60,6 +61,7 @@ from kvrag.prefill import Prefill, Prefilled
 from kvrag.references import References
 from kvrag.retrieval.catalog import Catalog, Counts, StoredDocument
 from kvrag.retrieval.documents import Document
+from kvrag.retrieval.embedder import Embedder
 from kvrag.retrieval.loaders import Skipped
 from kvrag.retriever import RetrievedChunk
 from kvrag.searching import Search, SearchMode
@@ -89,9 +91,17 @@ class Engine:
     does, and chooses the ratio of answers whose request and settings leave it open.
     """
 
-    def __init__(self, settings: Settings, *, model: Model | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        model: Model | None = None,
+        embedder: Embedder | None = None,
+    ) -> None:
         """Use `Engine.open`. `model`: one that is open already for these settings."""
         self.settings = settings
+        #: What the corpus is searched with: an embedder, or the name of one.
+        self.embedder: Embedder | str = settings.embedder if embedder is None else embedder
         self.blending = Blending()
         if settings.threads is not None:
             # torch knows one number of threads a process; the last engine opened sets it.
@@ -147,13 +157,16 @@ class Engine:
             raise
 
     @classmethod
-    def open(cls, settings: Settings | None = None) -> Self:
+    def open(cls, settings: Settings | None = None, *, embedder: Embedder | None = None) -> Self:
         """Open model and store; converts a packaged or GGUF model on first use.
+
+        Args:
+            embedder: one of the caller's own, instead of the setting's.
 
         Raises:
             ModelError, SettingsError, StoreError: the message says which file or setting.
         """
-        return cls(settings if settings is not None else Settings())
+        return cls(settings if settings is not None else Settings(), embedder=embedder)
 
     # ---- questions -------------------------------------------------------------------------------
 
@@ -215,24 +228,57 @@ class Engine:
 
         Input is checked, and chunks are retrieved, before this returns.
         """
-        params = GenerationParams.of(generation)
-        if not params.stop:
-            params = replace(params, stop=self._layout.stop)
+        params = self._params(generation)
         asked = self._strategy(strategy, ratio)
         adapt = self._adapts(strategy, ratio)
         context = self._context(
             question, passages, k, params.max_tokens, adapt=adapt, search=search
         )
-        context, plan = self.blending.admit(context, asked)
-        return AnswerStream(
-            self.model,
-            context,
-            plan,
-            params,
-            self._unless_closed(cancelled),
-            per_token=per_token,
-            graphed=self._graphed,
+        return self._begun(context, asked, params, cancelled, per_token=per_token)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        passages: Sequence[Passage] | None = None,
+        k: int | None = None,
+        strategy: str | FusionStrategy | None = None,
+        ratio: float | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+        per_token: bool = False,
+        search: Search | SearchMode | None = None,
+        **generation: Any,
+    ) -> AnswerStream:
+        """Answer the last message of a conversation; the others are the prompt's prefix.
+
+        Args:
+            messages: `{"role": "system" | "user" | "assistant", "content": text}`, in order.
+            passages: what the answer is to rest on; with `k` or `search`, chunks that are retrieved
+                for the last message; with none of these, the conversation alone.
+
+        The other arguments, and what is raised, as for `stream`.
+        """
+        conversation = Conversation.of(messages)
+        params = self._params(generation)
+        asked = self._strategy(strategy, ratio)
+        layout = self._layout
+        with_passages = any(given is not None for given in (passages, k, search))
+        instruction = self.settings.instruction
+        # A question alone has the prompt of `stream`, behind which the first block is exact.
+        if not with_passages or conversation.turns not in ((), (("system", instruction),)):
+            layout = conversation.layout(
+                self.model.tokenizer, instruction, with_passages=with_passages
+            )
+        context = self._context(
+            conversation.question,
+            passages,
+            k,
+            params.max_tokens,
+            adapt=self._adapts(strategy, ratio),
+            search=search,
+            layout=layout,
         )
+        return self._begun(context, asked, params, cancelled, per_token=per_token)
 
     @torch.inference_mode()
     def logprobs(
@@ -343,7 +389,7 @@ class Engine:
         """Add documents to the corpus and compute the KV that they lack for this model.
 
         A document that is there already changes nothing, but for KV that it still lacks: what was
-        interrupted goes on here.
+        interrupted goes on here. One with an id of its own replaces what has that id.
 
         Args:
             documents: `Document`s, or what `kvrag.retrieval.load(paths)` yields.
@@ -398,6 +444,10 @@ class Engine:
         """One document of the corpus, or None."""
         corpus, _, _ = self._open_corpus()
         return corpus.catalog.document(corpus.namespace, document_id)
+
+    def document_text(self, document_id: str) -> str | None:
+        """The whole text of a document that was added with an id of its own, or None."""
+        return self._open_corpus()[0].text(document_id)
 
     def delete(self, document_id: str) -> bool:
         """Delete a document, its vectors and blocks that nothing else needs; False if absent."""
@@ -514,8 +564,9 @@ class Engine:
             self._home.index,
             self.model.tokenizer,
             namespace=settings.namespace,
-            embedder=settings.embedder,
+            embedder=self.embedder,
             chunk_tokens=settings.chunk_tokens,
+            replace=self._references.replace_document,
         )
         return OpenedCorpus(settings, corpus, self._fixed, self.store, self._blocks)
 
@@ -557,17 +608,20 @@ class Engine:
         *,
         adapt: bool = False,
         search: Search | SearchMode | None = None,
+        layout: PromptLayout | None = None,
     ) -> Context:
+        """layout: a conversation's, which needs neither passages nor `k`."""
         self._check_open()
         self._references.refresh()
-        if passages is not None:
+        from_corpus = layout is None or k is not None or search is not None
+        if passages is not None or not from_corpus:
             if k is not None:
                 raise InputError("give passages or k, not both")
             if search is not None:
                 raise InputError("give passages or search, not both")
             begun = time.perf_counter()
-            chunks = passage_chunks(passages, self._texts)
-            prefill = self._passages_prefill(corpus_prefix)
+            chunks = [] if passages is None else passage_chunks(passages, self._texts)
+            prefill = self._passages_prefill(corpus_prefix, layout)
             fitted = prefill.fit(question, chunks, new_tokens)
             return Context(prefill, fitted, begun=begun, retrieve_s=0.0, adapt=adapt)
         begun = time.perf_counter()
@@ -579,7 +633,7 @@ class Engine:
             )
         retrieved = time.perf_counter()
         _, blocks, _ = self._open_corpus()
-        prefill = self._prefill(blocks)
+        prefill = self._prefill(blocks, layout)
         fitted = prefill.fit(question, [item.chunk for item in found], new_tokens)
         # Not the handles': a chunk may be alone because the others do not fit.
         self._references.add_for_query(
@@ -589,9 +643,35 @@ class Engine:
         retrieve_s = retrieved - begun
         return Context(prefill, fitted, begun=retrieved, retrieve_s=retrieve_s, adapt=adapt)
 
-    def _passages_prefill(self, corpus_prefix: str | None = None) -> Prefill:
+    def _params(self, generation: dict[str, Any]) -> GenerationParams:
+        params = GenerationParams.of(generation)
+        return params if params.stop else replace(params, stop=self._layout.stop)
+
+    def _begun(
+        self,
+        context: Context,
+        asked: FusionStrategy,
+        params: GenerationParams,
+        cancelled: Callable[[], bool],
+        *,
+        per_token: bool,
+    ) -> AnswerStream:
+        context, plan = self.blending.admit(context, asked)
+        return AnswerStream(
+            self.model,
+            context,
+            plan,
+            params,
+            self._unless_closed(cancelled),
+            per_token=per_token,
+            graphed=self._graphed,
+        )
+
+    def _passages_prefill(
+        self, corpus_prefix: str | None = None, layout: PromptLayout | None = None
+    ) -> Prefill:
         if corpus_prefix is None:
-            return self._prefill(self.passage_blocks)
+            return self._prefill(self.passage_blocks, layout)
         tokenizer = self.model.tokenizer
         text = check_text("the corpus prefix", corpus_prefix)
         prefix_ids = (*tokenizer.bos_ids, *tokenizer.encode(text))
@@ -599,10 +679,10 @@ class Engine:
             raise InputError("the corpus prefix is empty, and the model has no token to begin with")
         return self._prefill(self._blocks(prefix_ids, self._fixed.context))
 
-    def _prefill(self, blocks: PlacedBlocks) -> Prefill:
+    def _prefill(self, blocks: PlacedBlocks, layout: PromptLayout | None = None) -> Prefill:
         return Prefill(
             self.model,
-            self._layout,
+            layout or self._layout,
             blocks,
             self._prefixes,
             self.controller,

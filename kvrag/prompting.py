@@ -16,23 +16,26 @@ from typing import Any
 from kvrag.errors import ModelError
 from kvrag.models.tokenizer import Tokenizer
 
-__all__ = ["PromptLayout"]
+__all__ = ["PASSAGES", "PromptLayout"]
 
 #: Stands for the user's part while the template is rendered; no template or question contains it.
 _MARK = "\u2063kvrag\u2063"
-_PASSAGES = "Passages:\n\n"
+#: Stands in front of the chunks.
+PASSAGES = "Passages:\n\n"
 
 
 @dataclass(frozen=True, slots=True)
 class PromptLayout:
     """Ids around the chunks, for one tokenizer and one instruction.
 
-    `prefix_ids` is at the same time the default corpus prefix.
+    `prefix_ids` is at the same time the default corpus prefix. bare: a question is not called one,
+    since nothing stands in front of it.
     """
 
     prefix_ids: tuple[int, ...]
     _tail_ids: tuple[int, ...]
     _tokenizer: Tokenizer
+    bare: bool = False
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, instruction: str) -> PromptLayout:
@@ -44,11 +47,11 @@ class PromptLayout:
             ModelError: the template fails, or does not show the user's text exactly once.
         """
         if not tokenizer.has_chat_template:
-            text = tokenizer.encode(f"{instruction}\n\n{_PASSAGES}")
+            text = tokenizer.encode(f"{instruction}\n\n{PASSAGES}")
             return cls((*tokenizer.bos_ids, *text), (), tokenizer)
         head, tail = _cut_template(tokenizer, instruction)
         return cls(
-            tuple(tokenizer.encode_template(head + _PASSAGES)),
+            tuple(tokenizer.encode_template(head + PASSAGES)),
             tuple(tokenizer.encode_template(tail)),
             tokenizer,
         )
@@ -73,7 +76,7 @@ class PromptLayout:
 
     def question_ids(self, question: str) -> tuple[int, ...]:
         """Ids behind the last chunk: the question, the template's rest, the generation prompt."""
-        text = f"Question: {question.strip()}"
+        text = question.strip() if self.bare else f"Question: {question.strip()}"
         if not self._tokenizer.has_chat_template:
             text += "\nAnswer:"
         return (*self._tokenizer.encode(text), *self._tail_ids)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from kvrag.retrieval.catalog import Catalog
+from kvrag.retrieval.catalog import Catalog, DeletedDocument
 from kvrag.retrieval.errors import CatalogError
 from kvrag.store.errors import StoreError
 from kvrag.store.health import Clock, Health
@@ -95,11 +95,24 @@ class References:
         """
         with self._lock:
             deleted = self._catalog.delete_document(namespace, document_id)
-            if deleted is None:
-                return False
+            self._unprotect(deleted)
+        return self._forget(deleted)
+
+    def replace_document(self, replace: Callable[[], DeletedDocument | None]) -> bool:
+        """Run `replace`, and delete what it leaves as `delete_document` does; False if nothing."""
+        with self._lock:
+            deleted = replace()
+            self._unprotect(deleted)
+        return self._forget(deleted)
+
+    def _unprotect(self, deleted: DeletedDocument | None) -> None:
+        if deleted is not None:
             self._store.unprotect(map(BlockKey.parse, deleted.orphaned_block_keys))
-        self._delete(deleted.orphaned_block_keys)
-        return True
+
+    def _forget(self, deleted: DeletedDocument | None) -> bool:
+        if deleted is not None:
+            self._delete(deleted.orphaned_block_keys)
+        return deleted is not None
 
     def _settle(self) -> None:
         try:

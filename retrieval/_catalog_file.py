@@ -58,9 +58,13 @@ class CatalogFile:
     def writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction, committed at the end of the block, rolled back by any exception.
 
-        For this room alone.
+        For this room alone. Inside another one it is a part of that.
         """
         with self._lock, translated(self._path):
+            inside = self._db.in_transaction  # of this thread, which has the lock
+            if inside:
+                yield self._db
+                return
             # IMMEDIATE waits for the writer's lock now; a read that upgrades later may not wait.
             self._db.execute("BEGIN IMMEDIATE")
             try:

@@ -79,8 +79,23 @@ _OWED_DELETIONS = """
 CREATE TABLE owed_deletions (block_key TEXT PRIMARY KEY) WITHOUT ROWID;
 """
 
+# Of documents that their users named, who may ask for them back; chunks lose whitespace.
+_DOCUMENT_TEXTS = """
+CREATE TABLE document_texts (
+    namespace TEXT NOT NULL, id TEXT NOT NULL, text TEXT NOT NULL,
+    PRIMARY KEY (namespace, id),
+    FOREIGN KEY (namespace, id) REFERENCES documents (namespace, id) ON DELETE CASCADE
+) WITHOUT ROWID;
+"""
+
 #: What leads from each version to the next, beginning with an empty file.
-_STEPS = (_FIRST_SCHEMA, _NUMBERED_REFERENCES, _OWED_DELETIONS, _LEXICAL_TABLES)
+_STEPS = (
+    _FIRST_SCHEMA,
+    _NUMBERED_REFERENCES,
+    _OWED_DELETIONS,
+    _LEXICAL_TABLES,
+    _DOCUMENT_TEXTS,
+)
 SCHEMA_VERSION = len(_STEPS)
 
 _LOG_WAIT_MS = 50

@@ -75,9 +75,7 @@ class Catalog(BlockRefs):
         if not chunks:
             raise ValueError("a document has at least one chunk")
         token_blobs = [_token_blob(chunk.token_ids) for chunk in chunks]
-        metadata = None
-        if document.metadata is not None:
-            metadata = json.dumps(document.metadata, ensure_ascii=False)
+        metadata = _metadata_text(document)
         with self.writing() as db:
             inserted = db.execute(
                 "INSERT INTO documents (namespace, id, title, source, metadata, added_at) "
@@ -86,6 +84,11 @@ class Catalog(BlockRefs):
             )
             if inserted.rowcount == 0:
                 return False
+            if document.is_named:
+                db.execute(
+                    "INSERT INTO document_texts VALUES (?, ?, ?)",
+                    (namespace, document.id, document.text),
+                )
             self._check_dim(namespace, embedder, matrix.shape[1])
             words = self._lexical_table(namespace)
             for ordinal, chunk in enumerate(chunks):
@@ -139,6 +142,49 @@ class Catalog(BlockRefs):
             self._log_has_deleted = True
             self._bump_generation(namespace)
         return DeletedDocument(tuple(chunk_ids), tuple(key for (key,) in orphans))
+
+    def replace_document(
+        self,
+        namespace: str,
+        document: Document,
+        chunks: Sequence[ChunkInput],
+        *,
+        tokenizer: str,
+        vectors: npt.NDArray[np.float32],
+        embedder: str,
+    ) -> DeletedDocument | None:
+        """Store a document in the place of the one with its id, in one transaction.
+
+        What went with the other one, as `delete_document` tells it; None if there was none.
+        """
+        with self.writing():
+            deleted = self.delete_document(namespace, document.id)
+            self.add_document(
+                namespace,
+                document,
+                chunks,
+                tokenizer=tokenizer,
+                vectors=vectors,
+                embedder=embedder,
+            )
+        return deleted
+
+    def describe_document(self, namespace: str, document: Document) -> bool:
+        """Give the stored document of this id another source and metadata; False if absent."""
+        with self.writing() as db:
+            changed = db.execute(
+                "UPDATE documents SET source = ?, metadata = ? WHERE namespace = ? AND id = ?",
+                (document.source, _metadata_text(document), namespace, document.id),
+            )
+            return changed.rowcount > 0
+
+    def document_text(self, namespace: str, document_id: str) -> str | None:
+        """The text as it was added; None for a document that is absent or named by its content."""
+        rows = self._rows(
+            "SELECT text FROM document_texts WHERE namespace = ? AND id = ?",
+            (namespace, document_id),
+        )
+        return str(rows[0][0]) if rows else None
 
     def documents(self, namespace: str, limit: int = 100, offset: int = 0) -> list[StoredDocument]:
         """The namespace's documents in the order in which they were added."""
@@ -443,6 +489,12 @@ def _stored_document(row: Any) -> StoredDocument:
     except ValueError as exc:
         raise CatalogError(f"the metadata of document {row[0]} is damaged: {exc}") from exc
     return StoredDocument(row[0], row[1], row[2], row[3], metadata, row[5], row[6])
+
+
+def _metadata_text(document: Document) -> str | None:
+    if document.metadata is None:
+        return None
+    return json.dumps(document.metadata, ensure_ascii=False)
 
 
 def _token_blob(token_ids: Sequence[int]) -> bytes:

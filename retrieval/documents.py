@@ -1,4 +1,4 @@
-"""A document: what a user adds, named by its content.
+"""A document: what a user adds, named by its content or by the user.
 
 Knows nothing of files, chunks or storage.
 """
@@ -15,6 +15,7 @@ from .errors import DocumentError
 __all__ = ["MAX_DOCUMENT_BYTES", "Document"]
 
 MAX_DOCUMENT_BYTES = 64 << 20
+MAX_ID_CHARACTERS = 256
 _ID_BYTES = 16
 
 
@@ -28,7 +29,10 @@ class Document:
     metadata: JSON values under string keys; copied, so that later changes do not reach it
     origin:   the file that it came from, under a name that stays; may be empty. A corpus drops what
               a file no longer holds
-    id:       32 hex digits, a digest of title and text: same content, same id
+    id:       32 hex digits, a digest of title and text: same content, same id. Or a given one,
+              1 to 256 characters and neither "." nor "..": adding another content under it
+              replaces the first
+    is_named: whether the id was given
 
     Raises DocumentError for anything else.
     """
@@ -38,11 +42,12 @@ class Document:
     source: str = ""
     metadata: dict[str, Any] | None = field(default=None, hash=False)
     origin: str = field(default="", compare=False)
-    id: str = field(init=False, default="", compare=False)
+    id: str = field(default="", compare=False)
+    is_named: bool = field(init=False, default=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Validate, normalise the title, copy the metadata and compute the id."""
-        for name in ("text", "title", "source", "origin"):
+        """Validate, normalise the title, copy the metadata and compute the id if none is given."""
+        for name in ("text", "title", "source", "origin", "id"):
             value = getattr(self, name)
             if not isinstance(value, str):
                 raise DocumentError(f"{name} must be a string, got {type(value).__name__}")
@@ -60,11 +65,25 @@ class Document:
             )
         object.__setattr__(self, "title", title)
         object.__setattr__(self, "metadata", _json_copy(self.metadata))
+        if self.id:
+            _check_id(self.id)
+            object.__setattr__(self, "is_named", True)
+            return
         # The length in front keeps ("ab", "c") and ("a", "bc") apart.
         digest = blake2b(len(title_bytes).to_bytes(8, "little"), digest_size=_ID_BYTES)
         digest.update(title_bytes)
         digest.update(text_bytes)
         object.__setattr__(self, "id", digest.hexdigest())
+
+
+def _check_id(document_id: str) -> None:
+    _utf8("id", document_id)
+    # The dots are folders in a URL, which clients resolve before they send it.
+    if len(document_id) > MAX_ID_CHARACTERS or document_id in (".", ".."):
+        raise DocumentError(
+            f"the id is {document_id!r:.100}; it must have 1 to {MAX_ID_CHARACTERS} characters, "
+            "and must not be '.' or '..'"
+        )
 
 
 def _utf8(name: str, value: str) -> bytes:

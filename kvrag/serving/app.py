@@ -25,6 +25,7 @@ from kvrag.serving.errors import problem_of
 from kvrag.serving.guard import Guard
 from kvrag.serving.query import query_router
 from kvrag.serving.queue import ModelQueue
+from kvrag.serving.retrieve import retrieve_router
 from kvrag.serving.schemas import BlendingBody, ControllerBody, Health, TierBody, error_responses
 from kvrag.store.errors import StoreError
 
@@ -70,6 +71,7 @@ def create_app(engine: Engine, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastA
     for kind in _CAUGHT:
         app.add_exception_handler(kind, _answer_problem)
     app.include_router(query_router(engine, queue))
+    app.include_router(retrieve_router(engine))
     app.include_router(documents_router(engine, queue))
 
     # A folder's path is nobody's business; its name, or that of a packaged model, is enough.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, HTTPException, Query, Request
 
 from kvrag.engine import Engine
 from kvrag.retrieval.catalog import StoredDocument
@@ -27,6 +27,7 @@ from kvrag.serving.schemas import (
     DocumentList,
     DocumentPage,
     PageQuery,
+    ShownDocumentBody,
     StoredDocumentBody,
     error_responses,
 )
@@ -47,8 +48,9 @@ def documents_router(engine: Engine, queue: ModelQueue) -> APIRouter:
     async def add(body: AddBody, request: Request) -> Added:
         """One document, or several under `documents`.
 
-        A document that is there already changes nothing, but for KV that it still lacks. If the
-        client goes away, what was stored stays, and adding the same again does the rest.
+        A document that is there already changes nothing, but for KV that it still lacks. One with
+        an `id` replaces what has that id. If the client goes away, what was stored stays, and
+        adding the same again does the rest.
         """
         documents = _documents(body)
         job: Job[None, Added] = queue.submit(lambda job: _add(engine, documents, job))
@@ -65,17 +67,22 @@ def documents_router(engine: Engine, queue: ModelQueue) -> APIRouter:
             offset=query.offset,
         )
 
-    @router.get("/{id}", summary="Show a document", responses=_SHOW_ERRORS)
-    def show(id: str) -> StoredDocumentBody:
-        """Without its text."""
+    # A given id may hold slashes.
+    @router.get("/{id:path}", summary="Show a document", responses=_SHOW_ERRORS)
+    def show(id: str) -> ShownDocumentBody:
+        """With its text, if it was added with an id of its own."""
+        _check_given(id)
         document = engine.document(id)
         if document is None:
             raise UnknownDocumentError(id)
-        return _stored(document)
+        return ShownDocumentBody(
+            **_stored(document).model_dump(), text=engine.document_text(document.id)
+        )
 
-    @router.delete("/{id}", summary="Delete a document", responses=_DELETE_ERRORS)
+    @router.delete("/{id:path}", summary="Delete a document", responses=_DELETE_ERRORS)
     async def delete(id: str, request: Request) -> Deleted:
         """With its vectors, and the KV that no other document shares."""
+        _check_given(id)
         job: Job[None, bool] = queue.submit(lambda job: engine.delete(id))
         async with cancel_on_disconnect(request.receive, job):
             if not await job.result():
@@ -85,15 +92,24 @@ def documents_router(engine: Engine, queue: ModelQueue) -> APIRouter:
     return router
 
 
+def _check_given(id: str) -> None:
+    if not id:  # `path` matches that, too
+        raise HTTPException(404)
+
+
 def _documents(body: DocumentBody | DocumentList) -> list[Document]:
     many = isinstance(body, DocumentList)
     documents = []
     for index, item in enumerate(body.documents if isinstance(body, DocumentList) else [body]):
         try:
-            documents.append(Document(item.text, item.title, item.source, item.metadata))
+            documents.append(_document(item))
         except DocumentError as exc:
             raise InvalidDocumentError(str(exc), f"documents.{index}" if many else None) from exc
     return documents
+
+
+def _document(body: DocumentBody) -> Document:
+    return Document(body.text, body.title, body.source, body.metadata, body.id or "")
 
 
 def _add(engine: Engine, documents: Sequence[Document], job: Job[None, Added]) -> Added:

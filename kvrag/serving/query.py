@@ -1,9 +1,10 @@
-"""`POST /v1/rag/query`: a question in, an answer out, whole or as it is made."""
+"""`POST /v1/rag/query` and `/chat`: a question in, an answer out, whole or as it is made."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -17,10 +18,13 @@ from kvrag.fusion import create
 from kvrag.serving.disconnect import cancel_on_disconnect
 from kvrag.serving.errors import InvalidOptionError
 from kvrag.serving.queue import Job, ModelQueue
-from kvrag.serving.schemas import AnswerBody, QueryBody, error_responses
+from kvrag.serving.schemas import AnswerBody, AskBody, ChatBody, QueryBody, error_responses
 from kvrag.serving.sse import Event, EventStream
+from kvrag.stream import AnswerStream
 
 __all__ = ["query_router"]
+
+Begin = Callable[..., AnswerStream]
 
 _EXAMPLE = """\
 event: sources
@@ -46,7 +50,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def query_router(engine: Engine, queue: ModelQueue) -> APIRouter:
-    """The route, as a router to be included."""
+    """The routes, as a router to be included."""
     router = APIRouter(prefix="/v1/rag", tags=["questions"])
 
     @router.post(
@@ -61,9 +65,26 @@ def query_router(engine: Engine, queue: ModelQueue) -> APIRouter:
         fails before is an ordinary error response; what fails later is an `error` event with the
         error object, and the stream ends without `[DONE]`.
         """
+        return await answer(body, request, partial(engine.stream, body.question))
+
+    @router.post(
+        "/chat", summary="Answer a conversation", response_model=AnswerBody, responses=_RESPONSES
+    )
+    async def chat(body: ChatBody, request: Request) -> Response:
+        """The last message, with the others as the prompt's prefix.
+
+        Over the passages of the request, over the `k` nearest chunks, or over neither. Answered as
+        `/v1/rag/query` is.
+        """
+        messages = [message.model_dump() for message in body.messages]
+        return await answer(body, request, partial(engine.chat, messages))
+
+    async def answer(body: AskBody, request: Request, begin: Begin) -> Response:
         if body.strategy is not None:
             _check_strategy(body.strategy)
-        job: Job[Event, Answer] = queue.submit(lambda job: _answer(engine, body, job))
+        job: Job[Event, Answer] = queue.submit(
+            lambda job: _answer(begin(cancelled=job.cancelled, **body.options()), job)
+        )
         async with cancel_on_disconnect(request.receive, job):
             if body.stream:
                 return EventStream(await anext(job), job)
@@ -82,8 +103,7 @@ def _check_strategy(strategy: str) -> None:
         raise InvalidOptionError(str(exc)) from exc
 
 
-def _answer(engine: Engine, body: QueryBody, job: Job[Event, Answer]) -> Answer:
-    stream = engine.stream(body.question, cancelled=job.cancelled, **body.options())
+def _answer(stream: AnswerStream, job: Job[Event, Answer]) -> Answer:
     begun = False
     for piece in stream:
         if not begun:

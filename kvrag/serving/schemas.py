@@ -26,6 +26,7 @@ from pydantic_core import PydanticCustomError
 from kvrag.fusion.controller import Reason
 from kvrag.retrieval.errors import FilterError
 from kvrag.retrieval.where import Where
+from kvrag.retriever import HandleState
 from kvrag.searching import Search, SearchMode
 
 __all__ = [
@@ -33,7 +34,9 @@ __all__ = [
     "AddReport",
     "Added",
     "AnswerBody",
+    "AskBody",
     "BlendingBody",
+    "ChatBody",
     "Deleted",
     "DocumentBody",
     "DocumentList",
@@ -42,6 +45,9 @@ __all__ = [
     "Health",
     "PageQuery",
     "QueryBody",
+    "RetrieveBody",
+    "Retrieved",
+    "ShownDocumentBody",
     "StoredDocumentBody",
     "TierBody",
     "error_responses",
@@ -52,6 +58,7 @@ _MAX_DOCUMENTS = 1000
 #: SQLite counts rows in 64 bits.
 _MAX_OFFSET = 2**62
 _MAX_PASSAGES = 1000
+_MAX_MESSAGES = 1000
 _MAX_K = 1000
 _MAX_STOPS = 16
 _MAX_DEPTH = 32
@@ -138,26 +145,12 @@ def _check_where(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-class QueryBody(_Request):
-    """A question over the passages that it brings, or over the `k` best chunks of the corpus.
+class AskBody(_Request):
+    """What an answer rests on, and how it is made.
 
     A field that is absent or null has the server's default.
     """
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "question": "Who keeps the lamp?",
-                    "passages": [{"title": "Karsk", "text": "Anna keeps the lamp of Karsk."}],
-                    "max_tokens": 32,
-                },
-                {"question": "Who keeps the lamp?", "k": 4, "stream": True},
-            ]
-        }
-    )
-
-    question: Text
     passages: (
         Annotated[list[PassageIn], Field(min_length=1, max_length=_MAX_PASSAGES, fail_fast=True)]
         | None
@@ -214,12 +207,99 @@ class QueryBody(_Request):
         return value
 
     def options(self) -> dict[str, Any]:
-        """Arguments of `Engine.stream`; what is null is left to the engine."""
+        """Arguments of `Engine.stream` and `chat`; what is null is left to the engine."""
         search = {"search", "where", "mmr"}
-        options = self.model_dump(exclude={"question", "stream"} | search, exclude_none=True)
+        options = self.model_dump(
+            exclude={"question", "messages", "stream"} | search, exclude_none=True
+        )
         if search & {name for name, value in self if value is not None}:
             options["search"] = Search(self.search, self.where, self.mmr)
         return options
+
+
+class QueryBody(AskBody):
+    """A question over the passages that it brings, or over the `k` nearest chunks of the corpus."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "question": "Who keeps the lamp?",
+                    "passages": [{"title": "Karsk", "text": "Anna keeps the lamp of Karsk."}],
+                    "max_tokens": 32,
+                },
+                {"question": "Who keeps the lamp?", "k": 4, "stream": True},
+            ]
+        }
+    )
+
+    question: Text
+
+
+class MessageBody(_Request):
+    role: Literal["system", "user", "assistant"]
+    content: Line
+
+
+class ChatBody(AskBody):
+    """A conversation, whose last message is the user's.
+
+    It is answered from the passages, from the `k` nearest chunks, or, with neither, from the
+    conversation alone.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "messages": [
+                        {"role": "system", "content": "Answer in one sentence."},
+                        {"role": "user", "content": "Who keeps the lamp?"},
+                    ],
+                    "k": 4,
+                }
+            ]
+        }
+    )
+
+    messages: Annotated[
+        list[MessageBody], Field(min_length=1, max_length=_MAX_MESSAGES, fail_fast=True)
+    ]
+
+
+class RetrieveBody(_Request):
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"question": "Who keeps the lamp?", "k": 4}]}
+    )
+
+    question: Text
+    k: int | None = Field(None, ge=1, le=_MAX_K, description="Chunks to retrieve.")
+    prefetch: bool = Field(False, description="Whether to load the chunks' KV at once.")
+
+
+class KVBody(_Reply):
+    """A handle on the KV of a chunk, for its place among those it was retrieved with."""
+
+    id: str = Field(description="Opaque; the same for the same KV.")
+    tier: str | None = Field(description="The fastest tier that holds it, null for none.")
+    state: HandleState
+
+
+class RetrievedChunkBody(_Reply):
+    """`source` and `metadata` are the document's."""
+
+    id: str
+    document: str
+    title: str
+    text: str
+    source: str
+    metadata: dict[str, Any] | None
+    score: float
+    kv: KVBody
+
+
+class Retrieved(_Reply):
+    chunks: list[RetrievedChunkBody] = Field(description="The best first.")
 
 
 class TokenCountsBody(_Reply):
@@ -327,7 +407,7 @@ def _check_depth(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 class DocumentBody(_Request):
-    """A document; its id follows from title and text."""
+    """A document; its id follows from title and text, unless one is given."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -337,6 +417,9 @@ class DocumentBody(_Request):
 
     title: Line = ""
     text: Text
+    id: Annotated[Line, Field(min_length=1, max_length=256)] | None = Field(
+        None, description="What has this id already is replaced."
+    )
     source: Line = Field("", description="Where it came from, for people.")
     metadata: Annotated[dict[str, Any], AfterValidator(_check_depth)] | None = None
 
@@ -396,6 +479,10 @@ class StoredDocumentBody(_Reply):
     metadata: dict[str, Any] | None
     added_at: float = Field(description="Seconds since 1970, UTC.")
     num_chunks: int
+
+
+class ShownDocumentBody(StoredDocumentBody):
+    text: str | None = Field(description="Null if the document's id follows from its content.")
 
 
 class DocumentPage(_Reply):

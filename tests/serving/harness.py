@@ -53,8 +53,8 @@ class HashEmbedder:
 class WatchedEngine(Engine):
     """Keeps the questions in the order in which they were begun, and the streams; may break."""
 
-    def __init__(self, settings) -> None:
-        super().__init__(settings)
+    def __init__(self, settings, **wiring) -> None:
+        super().__init__(settings, **wiring)
         self.asked: list[str] = []
         self.streams: list[Any] = []
         #: Pieces to come instead of the answer's.

@@ -31,7 +31,7 @@ def test_add_list_show_delete(url):
     assert {name: shown[name] for name in ("title", "source", "metadata")} == {
         name: KARSK[name] for name in ("title", "source", "metadata")
     }
-    assert httpx.get(f"{url}/v1/documents/{document_id}").json() == shown
+    assert httpx.get(f"{url}/v1/documents/{document_id}").json() == shown | {"text": None}
 
     deleted = httpx.delete(f"{url}/v1/documents/{document_id}")
     assert deleted.json() == {"id": document_id, "deleted": True}

@@ -18,6 +18,8 @@ def test_routes(api):
     routes = {(method, path) for path, item in api["paths"].items() for method in item}
     assert routes == {
         ("post", "/v1/rag/query"),
+        ("post", "/v1/rag/chat"),
+        ("post", "/v1/rag/retrieve"),
         ("post", "/v1/documents"),
         ("get", "/v1/documents"),
         ("get", "/v1/documents/{id}"),

@@ -1,0 +1,56 @@
+"""`POST /v1/rag/retrieve`: chunks of the corpus with handles on their KV, without an answer.
+
+It waits for nothing that the model works on.
+"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from kvrag.engine import Engine
+from kvrag.retrieval.catalog import StoredDocument
+from kvrag.retriever import RetrievedChunk
+from kvrag.serving.schemas import (
+    KVBody,
+    RetrieveBody,
+    Retrieved,
+    RetrievedChunkBody,
+    error_responses,
+)
+
+__all__ = ["retrieve_router"]
+
+_ERRORS = error_responses(400, 413, 422, 500, 501, 503)
+
+
+def retrieve_router(engine: Engine) -> APIRouter:
+    """The route, as a router to be included."""
+    router = APIRouter(prefix="/v1/rag", tags=["questions"])
+
+    @router.post("/retrieve", summary="Retrieve chunks", responses=_ERRORS)
+    def retrieve(body: RetrieveBody) -> Retrieved:
+        """The nearest chunks, best first; fewer than `k` if the corpus holds fewer."""
+        found = engine.retrieve(body.question, k=body.k, prefetch=body.prefetch)
+        documents = {item.chunk.document for item in found}
+        stored = {id: engine.document(id) for id in documents if id is not None}
+        chunks = []
+        for item in found:
+            document = stored.get(item.chunk.document or "")
+            if document is not None:  # else it was deleted meanwhile
+                chunks.append(_chunk(item, document))
+        return Retrieved(chunks=chunks)
+
+    return router
+
+
+def _chunk(item: RetrievedChunk, document: StoredDocument) -> RetrievedChunkBody:
+    return RetrievedChunkBody(
+        id=item.chunk.id,
+        document=document.id,
+        title=item.chunk.title,
+        text=item.chunk.text,
+        source=document.source,
+        metadata=document.metadata,
+        score=item.score,
+        kv=KVBody(id=str(item.handle.key), tier=item.handle.tier, state=item.handle.state),
+    )
