@@ -61,8 +61,13 @@ class WatchedEngine(Engine):
         self.pieces: Callable[[Iterator[str]], Iterator[str]] | None = None
 
     def stream(self, question, **options):
+        return self._watched(question, super().stream(question, **options))
+
+    def chat(self, messages, **options):
+        return self._watched(messages[-1]["content"], super().chat(messages, **options))
+
+    def _watched(self, question, stream):
         self.asked.append(question)
-        stream = super().stream(question, **options)
         self.streams.append(stream)
         return stream if self.pieces is None else _Changed(stream, self.pieces)
 

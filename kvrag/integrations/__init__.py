@@ -1,0 +1,1 @@
+"""Adapters for other frameworks, each behind an extra of its own. Nothing else imports them."""
