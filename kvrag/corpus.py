@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from kvrag.errors import EmptyCorpusError
@@ -90,11 +91,21 @@ class Corpus:
         rendered = [(p, render_chunk(p.title, p.text)) for p in chunker.split(document)]
         chunks = [ChunkInput(p.title, p.text, self._tokenizer.encode(text)) for p, text in rendered]
         vectors = embedder.embed_documents([text for _, text in rendered])
-        made_by = {"tokenizer": self._tokenizer.digest, "embedder": embedder.fingerprint}
         into = (self._namespace, document, chunks)
+        tokenizer, fingerprint = self._tokenizer.digest, embedder.fingerprint
         if stored is None:
-            return self._catalog.add_document(*into, vectors=vectors, **made_by)
-        self._replace(lambda: self._catalog.replace_document(*into, vectors=vectors, **made_by))
+            return self._catalog.add_document(
+                *into, tokenizer=tokenizer, vectors=vectors, embedder=fingerprint
+            )
+        self._replace(
+            partial(
+                self._catalog.replace_document,
+                *into,
+                tokenizer=tokenizer,
+                vectors=vectors,
+                embedder=fingerprint,
+            )
+        )
         return True
 
     def text(self, document_id: str) -> str | None:

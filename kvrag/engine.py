@@ -58,6 +58,7 @@ from kvrag.opened_corpus import Opened, OpenedCorpus
 from kvrag.passages import Passage, passage_chunks
 from kvrag.precompute.job import PrecomputeJob, Progress
 from kvrag.prefill import Prefill, Prefilled
+from kvrag.prompting import PromptLayout
 from kvrag.references import References
 from kvrag.retrieval.catalog import Catalog, Counts, StoredDocument
 from kvrag.retrieval.documents import Document

@@ -24,12 +24,14 @@ METHODS = {
     "open": (["settings"], []),
     "answer": (["question"], ["passages", "k", "strategy", "ratio", "cancelled"]),
     "stream": (["question"], ["passages", "k", "strategy", "ratio", "cancelled"]),
+    "chat": (["messages"], ["passages", "k", "strategy", "ratio", "cancelled"]),
     "retrieve": (["question"], ["k", "prefetch"]),
     "logprobs": (["question"], ["continuation", "passages", "k", "strategy", "ratio"]),
     "add": (["documents", "report", "cancelled"], []),
     "complete": (["report", "cancelled"], []),
     "documents": ([], ["limit", "offset"]),
     "document": (["document_id"], []),
+    "document_text": (["document_id"], []),
     "delete": (["document_id"], []),
     "stats": ([], []),
     "close": ([], []),
@@ -51,7 +53,9 @@ def test_options_of_the_engine_are_keywords(name):
 @pytest.mark.parametrize(
     "statement",
     ["import kvrag", "import kvrag.store", "import kvrag.store.tiered, kvrag.store.disk",
-     "import kvrag.retrieval", "import kvrag.errors", "from kvrag import Settings, KvragError"],
+     "import kvrag.retrieval", "import kvrag.client", "import kvrag.integrations.langchain",
+     "import kvrag.integrations.llamaindex", "import kvrag.errors",
+     "from kvrag import Settings, KvragError"],
 )  # fmt: skip
 def test_importing_loads_no_torch(statement):
     code = (

@@ -133,10 +133,10 @@ class AsyncKVRagClient:
         return await self._open(calls.chat(messages, stream=True, **options))
 
     async def retrieve(
-        self, question: str, *, k: int | None = None, prefetch: bool = False
+        self, question: str, *, k: int | None = None, prefetch: bool = False, **search: Any
     ) -> list[RetrievedChunk]:
-        """The `k` nearest chunks with handles on their KV, best first."""
-        return (await self._send(calls.retrieve(question, k=k, prefetch=prefetch))).chunks
+        """The `k` best chunks with handles on their KV. search: `search`, `where`, `mmr`."""
+        return (await self._send(calls.retrieve(question, k=k, prefetch=prefetch, **search))).chunks
 
     async def add(self, *documents: DocumentInput) -> Added:
         """Add documents, at most 1000, and compute their KV. May be repeated without harm."""

@@ -99,8 +99,8 @@ def chat(messages: Messages, **options: Any) -> Call[Answer]:
     return _answered("/v1/rag/chat", {"messages": list(messages)}, options)
 
 
-def retrieve(question: str, *, k: int | None, prefetch: bool) -> Call[Retrieved]:
-    body = {"question": question, "k": k, "prefetch": prefetch}
+def retrieve(question: str, **options: Any) -> Call[Retrieved]:
+    body = {"question": question} | options
     return Call(
         method="POST", path="/v1/rag/retrieve", reply=Retrieved, reads=True, body=_given(body)
     )

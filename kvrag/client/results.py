@@ -19,6 +19,7 @@ __all__ = [
     "DocumentPage",
     "Health",
     "KVHandle",
+    "Match",
     "Report",
     "Retrieved",
     "RetrievedChunk",
@@ -83,8 +84,17 @@ class Report(_Result):
     control: Control | None
 
 
+class Match(_Result):
+    """How a chunk was found. None: not by that index, or not among its first ones."""
+
+    dense_rank: int | None
+    cosine: float | None
+    lexical_rank: int | None
+    bm25: float | None
+
+
 class Source(_Result):
-    """A chunk of the prompt. `document` and `score` are None for passages."""
+    """A chunk of the prompt. `document`, `score` and `match` are None for passages."""
 
     id: str
     document: str | None
@@ -92,6 +102,7 @@ class Source(_Result):
     text: str
     score: float | None
     tier: str
+    match: Match | None
 
 
 class Answer(_Result):
@@ -120,6 +131,7 @@ class RetrievedChunk(_Result):
     source: str
     metadata: dict[str, Any] | None
     score: float
+    match: Match | None
     kv: KVHandle
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from kvrag.client import (
     DocumentInput,
     KVHandle,
     KVRagClient,
+    Match,
     RefusedError,
     RetrievedChunk,
 )
@@ -31,8 +32,14 @@ from kvrag.errors import EmptyCorpusError, InputError
 
 if TYPE_CHECKING:
     from kvrag.engine import Engine
+    from kvrag.prefill import ContextChunk
+    from kvrag.searching import Search
 
 __all__ = ["Backend", "EngineBackend", "ServerBackend", "backend_of"]
+
+
+#: Options of a request that are one `Search` to the engine.
+_SEARCH = ("search", "where", "mmr")
 
 
 class Backend(ABC):
@@ -46,17 +53,21 @@ class Backend(ABC):
     @abstractmethod
     async def amodel_name(self) -> str: ...
     @abstractmethod
-    def retrieve(self, question: str, k: int | None, *, prefetch: bool) -> list[RetrievedChunk]: ...
+    def retrieve(
+        self, question: str, k: int | None, *, prefetch: bool, **search: Any
+    ) -> list[RetrievedChunk]:
+        """search: `search`, `where` and `mmr`, as requests have them."""
+
     @abstractmethod
     async def aretrieve(
-        self, question: str, k: int | None, *, prefetch: bool
+        self, question: str, k: int | None, *, prefetch: bool, **search: Any
     ) -> list[RetrievedChunk]: ...
     @abstractmethod
-    def chat(self, messages: Messages, **options: Any) -> Iterator[str | Answer]:
+    def chat(self, messages: Messages, **options: Any) -> Generator[str | Answer, None, None]:
         """Pieces of text, and the answer at the end. Closing the iterator ends the work."""
 
     @abstractmethod
-    def achat(self, messages: Messages, **options: Any) -> AsyncIterator[str | Answer]:
+    def achat(self, messages: Messages, **options: Any) -> AsyncGenerator[str | Answer, None]:
         """As `chat`."""
 
     @abstractmethod
@@ -107,9 +118,11 @@ class EngineBackend(Backend):
     async def amodel_name(self) -> str:
         return self.model_name()
 
-    def retrieve(self, question: str, k: int | None, *, prefetch: bool) -> list[RetrievedChunk]:
+    def retrieve(
+        self, question: str, k: int | None, *, prefetch: bool, **search: Any
+    ) -> list[RetrievedChunk]:
         try:
-            found = self.engine.retrieve(question, k=k, prefetch=prefetch)
+            found = self.engine.retrieve(question, k=k, prefetch=prefetch, search=_search(search))
         except EmptyCorpusError:
             return []
         chunks = []
@@ -127,22 +140,24 @@ class EngineBackend(Backend):
                         source=document.source,
                         metadata=document.metadata,
                         score=item.score,
+                        match=_match(item.chunk),
                         kv=kv,
                     )
                 )
         return chunks
 
     async def aretrieve(
-        self, question: str, k: int | None, *, prefetch: bool
+        self, question: str, k: int | None, *, prefetch: bool, **search: Any
     ) -> list[RetrievedChunk]:
-        return await asyncio.to_thread(self.retrieve, question, k, prefetch=prefetch)
+        return await asyncio.to_thread(self.retrieve, question, k, prefetch=prefetch, **search)
 
-    def chat(self, messages: Messages, **options: Any) -> Iterator[str | Answer]:
-        stream = self.engine.chat(messages, **options)
+    def chat(self, messages: Messages, **options: Any) -> Generator[str | Answer, None, None]:
+        chosen = {name: options.pop(name) for name in _SEARCH if name in options}
+        stream = self.engine.chat(messages, search=_search(chosen), **options)
         yield from stream
         yield Answer.model_validate(stream.answer.to_dict(), from_attributes=True)
 
-    async def achat(self, messages: Messages, **options: Any) -> AsyncIterator[str | Answer]:
+    async def achat(self, messages: Messages, **options: Any) -> AsyncGenerator[str | Answer, None]:
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[str | Answer | BaseException | None] = asyncio.Queue()
         left = threading.Event()
@@ -203,6 +218,18 @@ class EngineBackend(Backend):
         return await asyncio.to_thread(self.delete, id)
 
 
+def _search(given: dict[str, Any]) -> Search | None:
+    from kvrag.searching import Search
+
+    if all(value is None for value in given.values()):
+        return None
+    return Search(given.get("search"), given.get("where"), given.get("mmr"))
+
+
+def _match(chunk: ContextChunk) -> Match | None:
+    return None if chunk.match is None else Match(**dataclasses.asdict(chunk.match))
+
+
 class ServerBackend(Backend):
     """A server. Each coroutine opens a connection of its own, since a pool belongs to one loop."""
 
@@ -223,27 +250,29 @@ class ServerBackend(Backend):
                 self.known_model_name = (await client.health()).model
         return self.known_model_name
 
-    def retrieve(self, question: str, k: int | None, *, prefetch: bool) -> list[RetrievedChunk]:
+    def retrieve(
+        self, question: str, k: int | None, *, prefetch: bool, **search: Any
+    ) -> list[RetrievedChunk]:
         try:
-            return self._client.retrieve(question, k=k, prefetch=prefetch)
+            return self._client.retrieve(question, k=k, prefetch=prefetch, **search)
         except RefusedError as exc:
             return _nothing(exc)
 
     async def aretrieve(
-        self, question: str, k: int | None, *, prefetch: bool
+        self, question: str, k: int | None, *, prefetch: bool, **search: Any
     ) -> list[RetrievedChunk]:
         async with self._opened() as client:
             try:
-                return await client.retrieve(question, k=k, prefetch=prefetch)
+                return await client.retrieve(question, k=k, prefetch=prefetch, **search)
             except RefusedError as exc:
                 return _nothing(exc)
 
-    def chat(self, messages: Messages, **options: Any) -> Iterator[str | Answer]:
+    def chat(self, messages: Messages, **options: Any) -> Generator[str | Answer, None, None]:
         with closing(self._client.stream_chat(messages, **options)) as stream:
             yield from stream
             yield stream.answer
 
-    async def achat(self, messages: Messages, **options: Any) -> AsyncIterator[str | Answer]:
+    async def achat(self, messages: Messages, **options: Any) -> AsyncGenerator[str | Answer, None]:
         async with (
             self._opened() as client,
             aclosing(await client.stream_chat(messages, **options)) as stream,

@@ -5,6 +5,8 @@ It waits for nothing that the model works on.
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from fastapi import APIRouter
 
 from kvrag.engine import Engine
@@ -12,6 +14,7 @@ from kvrag.retrieval.catalog import StoredDocument
 from kvrag.retriever import RetrievedChunk
 from kvrag.serving.schemas import (
     KVBody,
+    MatchBody,
     RetrieveBody,
     Retrieved,
     RetrievedChunkBody,
@@ -29,8 +32,8 @@ def retrieve_router(engine: Engine) -> APIRouter:
 
     @router.post("/retrieve", summary="Retrieve chunks", responses=_ERRORS)
     def retrieve(body: RetrieveBody) -> Retrieved:
-        """The nearest chunks, best first; fewer than `k` if the corpus holds fewer."""
-        found = engine.retrieve(body.question, k=body.k, prefetch=body.prefetch)
+        """The best chunks, best first; fewer than `k` if no more are found."""
+        found = engine.retrieve(body.question, **body.options())
         documents = {item.chunk.document for item in found}
         stored = {id: engine.document(id) for id in documents if id is not None}
         chunks = []
@@ -44,6 +47,7 @@ def retrieve_router(engine: Engine) -> APIRouter:
 
 
 def _chunk(item: RetrievedChunk, document: StoredDocument) -> RetrievedChunkBody:
+    match = item.chunk.match
     return RetrievedChunkBody(
         id=item.chunk.id,
         document=document.id,
@@ -52,5 +56,6 @@ def _chunk(item: RetrievedChunk, document: StoredDocument) -> RetrievedChunkBody
         source=document.source,
         metadata=document.metadata,
         score=item.score,
+        match=None if match is None else MatchBody(**asdict(match)),
         kv=KVBody(id=str(item.handle.key), tier=item.handle.tier, state=item.handle.state),
     )

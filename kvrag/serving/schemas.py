@@ -145,6 +145,24 @@ def _check_where(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
+WhereIn = Annotated[dict[str, Any], AfterValidator(_check_where)]
+SEARCH = Field(None, description="How chunks are found: by meaning, by words, or by both.")
+WHERE = Field(
+    None,
+    description="Filter over the documents' metadata: a field's value, or an object of `eq`, "
+    "`in`, `gt`, `gte`, `lt`, `lte`. All fields must hold.",
+)
+MMR = Field(
+    None,
+    ge=0,
+    le=1,
+    allow_inf_nan=False,
+    description="Part of relevance in choosing chunks, the rest being novelty.",
+)
+#: Together they are one `Search`.
+_SEARCH_FIELDS = {"search", "where", "mmr"}
+
+
 class AskBody(_Request):
     """What an answer rests on, and how it is made.
 
@@ -158,21 +176,9 @@ class AskBody(_Request):
     k: int | None = Field(
         None, ge=1, le=_MAX_K, description="Chunks to retrieve; not together with passages."
     )
-    search: SearchMode | None = Field(
-        None, description="How chunks are found: by meaning, by words, or by both."
-    )
-    where: Annotated[dict[str, Any], AfterValidator(_check_where)] | None = Field(
-        None,
-        description="Filter over the documents' metadata: a field's value, or an object of `eq`, "
-        "`in`, `gt`, `gte`, `lt`, `lte`. All fields must hold.",
-    )
-    mmr: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        allow_inf_nan=False,
-        description="Part of relevance in choosing chunks, the rest being novelty.",
-    )
+    search: SearchMode | None = SEARCH
+    where: WhereIn | None = WHERE
+    mmr: float | None = MMR
     strategy: Line | None = Field(
         None, description="Fusion strategy, perhaps with options: `epic:tokens=4`."
     )
@@ -208,11 +214,9 @@ class AskBody(_Request):
 
     def options(self) -> dict[str, Any]:
         """Arguments of `Engine.stream` and `chat`; what is null is left to the engine."""
-        search = {"search", "where", "mmr"}
-        options = self.model_dump(
-            exclude={"question", "messages", "stream"} | search, exclude_none=True
-        )
-        if search & {name for name, value in self if value is not None}:
+        others = {"question", "messages", "stream"}
+        options = self.model_dump(exclude=others | _SEARCH_FIELDS, exclude_none=True)
+        if any(getattr(self, name) is not None for name in _SEARCH_FIELDS):
             options["search"] = Search(self.search, self.where, self.mmr)
         return options
 
@@ -274,7 +278,15 @@ class RetrieveBody(_Request):
 
     question: Text
     k: int | None = Field(None, ge=1, le=_MAX_K, description="Chunks to retrieve.")
+    search: SearchMode | None = SEARCH
+    where: WhereIn | None = WHERE
+    mmr: float | None = MMR
     prefetch: bool = Field(False, description="Whether to load the chunks' KV at once.")
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `Engine.retrieve`."""
+        search = Search(self.search, self.where, self.mmr)
+        return {"k": self.k, "prefetch": self.prefetch, "search": search}
 
 
 class KVBody(_Reply):
@@ -283,6 +295,15 @@ class KVBody(_Reply):
     id: str = Field(description="Opaque; the same for the same KV.")
     tier: str | None = Field(description="The fastest tier that holds it, null for none.")
     state: HandleState
+
+
+class MatchBody(_Reply):
+    """How a chunk was found. Null: not by that index, or not among its first ones."""
+
+    dense_rank: int | None = Field(description="From 1; the place by cosine similarity.")
+    cosine: float | None = Field(description="Similarity of question and chunk.")
+    lexical_rank: int | None = Field(description="From 1; the place by BM25.")
+    bm25: float | None
 
 
 class RetrievedChunkBody(_Reply):
@@ -294,7 +315,8 @@ class RetrievedChunkBody(_Reply):
     text: str
     source: str
     metadata: dict[str, Any] | None
-    score: float
+    score: float = Field(description="What it was ranked by, as in sources of answers.")
+    match: MatchBody | None
     kv: KVBody
 
 
@@ -351,15 +373,6 @@ class ReportBody(_Reply):
     warnings: list[str]
     per_token: list[TokenReportBody] | None = Field(description="If asked for with `per_token`.")
     control: ControlBody | None = Field(description="Null if it was cancelled before it began.")
-
-
-class MatchBody(_Reply):
-    """How a chunk was found. Null: not by that index, or not among its first ones."""
-
-    dense_rank: int | None = Field(description="From 1; the place by cosine similarity.")
-    cosine: float | None = Field(description="Similarity of question and chunk.")
-    lexical_rank: int | None = Field(description="From 1; the place by BM25.")
-    bm25: float | None
 
 
 class SourceBody(_Reply):

@@ -55,6 +55,7 @@ def test_exported_names_exist():
         ("TokenReport", "TokenReportBody"),
         ("RetrievedChunk", "RetrievedChunkBody"),
         ("KVHandle", "KVBody"),
+        ("Match", "MatchBody"),
         ("Added", "Added"),
         ("AddReport", "AddReport"),
         ("Document", "ShownDocumentBody"),
@@ -96,10 +97,17 @@ def test_a_document_with_an_id_of_its_own_is_replaced(client):
 def test_chunks_come_with_their_document_and_a_handle(client):
     client.add(LAMP, DocumentInput("The ferry is red.", source="ferry.txt"))
     # The embedder of these tests finds a text by itself alone.
-    best, other = client.retrieve("Karsk\nAnna keeps the lamp.\n\n", k=2, prefetch=True)
+    best, other = client.retrieve(
+        "Karsk\nAnna keeps the lamp.\n\n", k=2, prefetch=True, search="dense"
+    )
     assert (best.document, best.metadata, best.kv.tier) == (LAMP.id, {"year": 1911}, "disk")
     assert best.score == pytest.approx(1.0)
     assert other.source == "ferry.txt"
+    assert (best.match.dense_rank, best.match.lexical_rank) == (1, None)
+    (only,) = client.retrieve("ferry", search="lexical")
+    assert only.document == other.document
+    (filtered,) = client.retrieve("ferry", where={"year": 1911})
+    assert filtered.document == LAMP.id
     assert best.kv.id != other.kv.id
     assert "/" not in best.kv.id.replace("/", "", 1)  # tag/digest, and no path
 

@@ -26,7 +26,7 @@ QUESTION = "Who keeps the lamp?"
 
 
 def test_documents_carry_a_handle_and_neither_path_nor_tensor(source, engine):
-    (document,) = KVRagRetriever(source=source, k=1).invoke(f"T0\n{TEXTS[0]}\n\n")
+    (document,) = KVRagRetriever(source=source, k=1, search="dense").invoke(f"T0\n{TEXTS[0]}\n\n")
     assert document.page_content == TEXTS[0]
     metadata = dict(document.metadata)
     assert metadata.pop("score") == pytest.approx(1.0)
@@ -51,6 +51,16 @@ def test_an_answer_rests_on_documents_chunks_or_the_conversation(source):
     found = ChatKVRag(source=source, k=3).invoke(QUESTION).response_metadata["sources"]
     assert len(found) == 3
     assert all(chunk["document"] for chunk in found)
+
+
+def test_a_filter_reaches_retriever_chat_and_store(source, engine):
+    where = {"n": {"gte": 2}}
+    retriever = KVRagRetriever(source=source, k=9, where=where)
+    assert {document.metadata["n"] for document in retriever.invoke(QUESTION)} == {2, 3}
+    message = ChatKVRag(source=source, where=where, search="dense", k=9).invoke(QUESTION)
+    assert {chunk["title"] for chunk in message.response_metadata["sources"]} == {"T2", "T3"}
+    found = KVRagVectorStore(source).similarity_search(QUESTION, k=9, filter=where)
+    assert {document.metadata["n"] for document in found} == {2, 3}
 
 
 def test_a_chain(source):

@@ -22,7 +22,7 @@ MESSAGES = [
 
 
 def test_nodes_carry_a_handle_that_no_prompt_shows(source):
-    (found,) = KVRagRetriever(source, k=1).retrieve(f"T0\n{TEXTS[0]}\n\n")
+    (found,) = KVRagRetriever(source, k=1, search="dense").retrieve(f"T0\n{TEXTS[0]}\n\n")
     assert found.score == pytest.approx(1.0)
     assert found.node.text == TEXTS[0]
     assert set(found.node.metadata) == {"n", "source", "title", "kv_id", "kv_tier"}

@@ -27,6 +27,7 @@ __all__ = ["ChatKVRag"]
 #: What LangChain itself passes along.
 _FRAMEWORK = frozenset({"stream", "stream_usage"})
 _GENERATION = ("max_tokens", "temperature", "top_p", "top_k", "seed", "strategy", "ratio")
+_SEARCH = ("k", "search", "where", "mmr")
 
 
 class ChatKVRag(BaseChatModel):
@@ -47,7 +48,10 @@ class ChatKVRag(BaseChatModel):
     model: str | None = None
     """What the model is called in traces; None is what the source calls it."""
     k: int | None = None
-    """Chunks to retrieve for the last message; None is none."""
+    """Chunks to retrieve for the last message; None is none, unless a search is chosen below."""
+    search: str | None = None
+    where: dict[str, Any] | None = None
+    mmr: float | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -81,12 +85,14 @@ class ChatKVRag(BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        names = (*_GENERATION, "k", "stop")
+        names = (*_GENERATION, *_SEARCH, "stop")
         return {"source": str(self.source)} | {name: getattr(self, name) for name in names}
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop, **kwargs)
-        params["ls_model_name"] = self.model or self._backend.known_model_name or "kvrag"
+        # A call that asks for another model is refused; its trace says what was asked for.
+        name = kwargs.get("model") or self.model or self._backend.known_model_name
+        params["ls_model_name"] = name or "kvrag"
         return params
 
     def over(self, retriever: BaseRetriever) -> Runnable[Any, Any]:
@@ -156,7 +162,7 @@ class ChatKVRag(BaseChatModel):
 
     def _options(self, stop: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
         """Arguments of `Engine.chat` and `POST /v1/rag/chat`."""
-        known = (*_GENERATION, "k", "documents")
+        known = (*_GENERATION, *_SEARCH, "documents")
         if unknown := given.keys() - set(known) - _FRAMEWORK:
             raise InputError(f"unknown option {min(unknown)!r}; options are {', '.join(known)}")
         options = {name: getattr(self, name) for name in _GENERATION} | {
@@ -166,7 +172,7 @@ class ChatKVRag(BaseChatModel):
         if documents:
             options["passages"] = passages_of(documents)
         elif documents is None:
-            options["k"] = given.get("k", self.k)
+            options |= {name: given.get(name, getattr(self, name)) for name in _SEARCH}
         options["stop"] = stop or self.stop or None
         return {name: value for name, value in options.items() if value is not None}
 

@@ -75,4 +75,5 @@ def _unit(vectors: Sequence[Sequence[float]], name: str) -> npt.NDArray[np.float
     lengths = np.linalg.norm(matrix, axis=1, keepdims=True)
     if not np.isfinite(lengths).all() or not lengths.all():
         raise EmbedderError(f"the embeddings {name} gave a vector that is zero or not finite")
-    return (matrix / lengths).astype(np.float32)
+    unit: npt.NDArray[np.float32] = (matrix / lengths).astype(np.float32)
+    return unit

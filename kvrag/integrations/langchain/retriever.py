@@ -19,7 +19,7 @@ __all__ = ["KVRagRetriever"]
 
 
 class KVRagRetriever(BaseRetriever):
-    """The nearest chunks, best first; none from an empty corpus.
+    """The best chunks first; none from an empty corpus.
 
     A document's metadata is its own, with `source` and `title` where it has none of these, and
     `document_id`, `score`, `kv_id` and `kv_tier`: an opaque id of the chunk's KV, and the fastest
@@ -30,6 +30,11 @@ class KVRagRetriever(BaseRetriever):
     """An `Engine`, or the URL of a server."""
     k: int | None = None
     """Chunks to retrieve; None is the engine's setting. `invoke(question, k=…)` overrides it."""
+    search: str | None = None
+    """`hybrid`, `dense` or `lexical`; None is the engine's setting, as for `mmr`."""
+    where: dict[str, Any] | None = None
+    """Filter over the documents' metadata, see docs/retrieval.md."""
+    mmr: float | None = None
     prefetch: bool = False
     """Whether to load the chunks' KV at once, for a question that follows."""
 
@@ -41,14 +46,18 @@ class KVRagRetriever(BaseRetriever):
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None
     ) -> list[Document]:
-        found = self._backend.retrieve(query, k or self.k, prefetch=self.prefetch)
+        found = self._backend.retrieve(query, k or self.k, **self._options())
         return [_document(chunk) for chunk in found]
 
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None
     ) -> list[Document]:
-        found = await self._backend.aretrieve(query, k or self.k, prefetch=self.prefetch)
+        found = await self._backend.aretrieve(query, k or self.k, **self._options())
         return [_document(chunk) for chunk in found]
+
+    def _options(self) -> dict[str, Any]:
+        names = ("search", "where", "mmr", "prefetch")
+        return {name: getattr(self, name) for name in names}
 
 
 def _document(chunk: RetrievedChunk) -> Document:

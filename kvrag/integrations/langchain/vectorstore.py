@@ -143,16 +143,18 @@ class KVRagVectorStore(VectorStore):
         return [document for document, _ in found]
 
     def similarity_search_with_score(
-        self, query: str, k: int = 4, **kwargs: Any
+        self, query: str, k: int = 4, *, filter: dict[str, Any] | None = None, **kwargs: Any
     ) -> list[tuple[Document, float]]:
-        """With cosine similarities, the highest first."""
-        found = self._backend.retrieve(query, k, prefetch=False, **kwargs)
+        """With cosine similarities, the highest first. filter: over metadata, docs/retrieval.md."""
+        found = self._backend.retrieve(query, k, prefetch=False, search="dense", where=filter)
         return [(_part(chunk), chunk.score) for chunk in found]
 
     async def asimilarity_search_with_score(
-        self, query: str, k: int = 4, **kwargs: Any
+        self, query: str, k: int = 4, *, filter: dict[str, Any] | None = None, **kwargs: Any
     ) -> list[tuple[Document, float]]:
-        found = await self._backend.aretrieve(query, k, prefetch=False, **kwargs)
+        found = await self._backend.aretrieve(
+            query, k, prefetch=False, search="dense", where=filter
+        )
         return [(_part(chunk), chunk.score) for chunk in found]
 
     def _select_relevance_score_fn(self) -> Callable[[float], float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, closing
 from typing import Any
 
@@ -125,7 +125,7 @@ class KVRagLLM(LLM):
 
     def _streamed(
         self, messages: Sequence[ChatMessage], given: dict[str, Any]
-    ) -> Iterator[ChatResponse]:
+    ) -> Generator[ChatResponse, None, None]:
         text = ""
         options = self._options(given)
         with closing(self._backend.chat(_messages(messages), **options)) as pieces:
@@ -135,7 +135,7 @@ class KVRagLLM(LLM):
 
     async def _astreamed(
         self, messages: Sequence[ChatMessage], given: dict[str, Any]
-    ) -> AsyncIterator[ChatResponse]:
+    ) -> AsyncGenerator[ChatResponse, None]:
         text = ""
         options = self._options(given)
         async with aclosing(self._backend.achat(_messages(messages), **options)) as pieces:

@@ -32,6 +32,7 @@ class KVRagRetriever(BaseRetriever):
     Args:
         source: an `Engine`, or the URL of a server.
         k: chunks to retrieve; None is the engine's setting.
+        search, where, mmr: how they are found, see docs/retrieval.md; None is the engine's setting.
         prefetch: whether to load the chunks' KV at once.
         client: options of `KVRagClient`, over a URL.
     """
@@ -41,21 +42,25 @@ class KVRagRetriever(BaseRetriever):
         source: Any,
         *,
         k: int | None = None,
+        search: str | None = None,
+        where: dict[str, Any] | None = None,
+        mmr: float | None = None,
         prefetch: bool = False,
         callback_manager: CallbackManager | None = None,
         **client: Any,
     ) -> None:
         self._backend = backend_of(source, **client)
-        self._k, self._prefetch = k, prefetch
+        self._k = k
+        self._options = {"search": search, "where": where, "mmr": mmr, "prefetch": prefetch}
         super().__init__(callback_manager=callback_manager)
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         question = query_bundle.query_str
-        return _nodes(self._backend.retrieve(question, self._k, prefetch=self._prefetch))
+        return _nodes(self._backend.retrieve(question, self._k, **self._options))
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         question = query_bundle.query_str
-        return _nodes(await self._backend.aretrieve(question, self._k, prefetch=self._prefetch))
+        return _nodes(await self._backend.aretrieve(question, self._k, **self._options))
 
 
 def _nodes(chunks: list[RetrievedChunk]) -> list[NodeWithScore]:
