@@ -50,6 +50,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "unpack_bf16": _UNPACK,
     "project_rows": (c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int),
     "finish_rows": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int),
+    "advance_rows": (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64,
+                     *[c_void_p, c_int64, c_int64] * 2, c_int64, c_void_p, c_void_p, c_int),
     "layers": (*[c_void_p] * 5, c_int64, c_int64, c_void_p, c_int),
 }  # fmt: skip
 
@@ -79,7 +81,9 @@ def _loaded(folder: Path, compiler: str) -> Native:
             function = getattr(library, name)
             function.argtypes, function.restype = types, None
         library.attend_scratch.argtypes = [*[c_int64] * 5, c_int]
-        library.attend_scratch.restype = c_int64
+        library.advance_scratch.argtypes = [c_void_p, c_int64, c_int64, c_int]
+        for name in ("attend_scratch", "advance_scratch", "advance_rows"):
+            getattr(library, name).restype = c_int64
         library.xxh3_64.argtypes = [c_void_p, c_int64]
         library.xxh3_64.restype = c_uint64
         native = Native(library)

@@ -1,4 +1,4 @@
-"""One layer's work on rows before and behind attention, each in one call of native code.
+"""One layer's work on rows in one call of native code, or before and behind attention in one each.
 
 From Python, norms, products and activations cost a few rows as much again as they take to run.
 """
@@ -12,6 +12,7 @@ from ctypes import Structure, c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from .chunks import checked_places
 from .layers import LayersShape
 from .operations import LEAST_SHARED, Native
 from .panels import Panels
@@ -32,6 +33,7 @@ class RowLayer:
     Args:
         norms: as `LayerParts.norms`.
         products: "qkv", "output", "gate_up" and "down", joined in this order, the gates in front.
+        window: positions that a row sees, its own included; None is all up to it.
 
     Raises:
         ValueError: a weight has another shape, dtype or place than it must have.
@@ -43,6 +45,7 @@ class RowLayer:
         shape: LayersShape,
         norms: Mapping[str, Tensor],
         products: Mapping[str, Panels],
+        window: int | None = None,
     ) -> None:
         self._library, self._shape = native.library, shape
         self._kept = dict(norms), dict(products)
@@ -55,9 +58,10 @@ class RowLayer:
             "down": (shape.mlp, shape.hidden),
         }
         self._layer = _RowLayer(
-            hidden=shape.hidden, q_size=q, kv_size=kv, mlp=shape.mlp,
-            gelu=shape.activation == "gelu_tanh", least_shared=LEAST_SHARED,
-            norm_eps=shape.norm_eps, residual_scale=shape.residual_scale,
+            hidden=shape.hidden, q_size=q, kv_size=kv, dim=shape.head_dim, mlp=shape.mlp,
+            gelu=shape.activation == "gelu_tanh", least_shared=LEAST_SHARED, window=window or 0,
+            norm_eps=shape.norm_eps, attention_scale=shape.attention_scale,
+            residual_scale=shape.residual_scale,
         )  # fmt: skip
         for name in _PRODUCTS:
             panels = products[name]
@@ -78,6 +82,45 @@ class RowLayer:
                 raise ValueError(f"the norm {name!r} is {weight.dtype} {tuple(weight.shape)}")
             setattr(self._layer, f"{name}_norm", _Norm(weight.data_ptr(), weight.shape[0]))
         self._address = ctypes.addressof(self._layer)
+
+    def advance(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        tables: tuple[Tensor, Tensor] | None,
+        into_k: Tensor,
+        into_v: Tensor,
+    ) -> Tensor:
+        """Rows (n, hidden) behind the whole layer, which sees their own K and V in the cache.
+
+        Args:
+            positions: int64 (n,), ascending. A row sees all keys up to its own, within the window.
+            tables, into_k, into_v: see `put_chunks`; K, rotated, and V are written there.
+
+        Raises:
+            ValueError: something does not fit together; nothing has been written then.
+        """
+        s = self._shape
+        x = _rows("x", x, s.hidden)
+        n = x.shape[0]
+        reach, turns = checked_places(tables, into_k, into_v)
+        if (into_k.shape[0], into_k.shape[2]) != (s.kv_heads, s.head_dim):
+            raise ValueError(f"k {tuple(into_k.shape)} is not ({s.kv_heads}, .., {s.head_dim})")
+        if positions.dtype is not torch.int64 or positions.shape != (n,) or not positions.is_cpu:
+            raise ValueError(f"{n} positions cannot be {positions.dtype} {positions.shape}")
+        at, out, threads = positions.contiguous(), torch.empty(n, s.hidden), torch.get_num_threads()
+        if n:
+            scratch = torch.empty(
+                self._library.advance_scratch(self._address, n, _MOST_ROWS, threads)
+            )
+            done = self._library.advance_rows(
+                self._address, x.data_ptr(), n, at.data_ptr(), reach, *turns,
+                into_k.data_ptr(), *into_k.stride()[:2], into_v.data_ptr(), *into_v.stride()[:2],
+                _MOST_ROWS, out.data_ptr(), scratch.data_ptr(), threads,
+            )  # fmt: skip
+            if not done:
+                raise ValueError(f"positions must ascend within 0 .. {reach - 1}, got {at}")
+        return out
 
     def project(self, x: Tensor) -> Tensor:
         """Q, K and V of rows (n, hidden), after the norms of heads: (n, q + k + v).
@@ -137,9 +180,18 @@ class _RowLayer(Structure):
         *((name, _Packed) for name in _PRODUCTS),
         *(
             (name, c_int64)
-            for name in ("hidden", "q_size", "kv_size", "mlp", "gelu", "least_shared")
+            for name in (
+                "hidden",
+                "q_size",
+                "kv_size",
+                "dim",
+                "mlp",
+                "gelu",
+                "least_shared",
+                "window",
+            )
         ),
-        *((name, c_float) for name in ("norm_eps", "residual_scale")),
+        *((name, c_float) for name in ("norm_eps", "attention_scale", "residual_scale")),
     )
 
 

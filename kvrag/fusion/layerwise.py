@@ -182,16 +182,16 @@ class LayerwiseRun(FusionRun):
         layer = self._decoder.layers[index]
         # Any candidate may become a row, so that every chunk a candidate sees must be there.
         self._pull(index, self._candidates.start)
-        q, k, v = layer.project(self._x)
-        layer.put(k, v, cache.k[index], cache.v[index], self._question)
         keys, values = cache.k[index][:, :end], cache.v[index][:, :end]
-        if index in self._asked:
-            mixed, received = layer.attend_received(q, keys, values, self._question)
-            self._attention.append(received[self._candidates.start : self._candidates.stop])
-        else:
-            mixed = layer.attend(q, keys, values, self._question)
         self._layer += 1
         self._extra_rows += len(self._question)
+        if index not in self._asked:
+            self._x = layer.advance(self._x, self._question, keys, values)
+            return
+        q, k, v = layer.project(self._x)
+        layer.put(k, v, keys, values, self._question)
+        mixed, received = layer.attend_received(q, keys, values, self._question)
+        self._attention.append(received[self._candidates.start : self._candidates.stop])
         if index == self._asked[-1]:
             self._asked = []
             self._begin()
@@ -229,20 +229,25 @@ class LayerwiseRun(FusionRun):
         if self._strategy.uses_blocks and index >= self._pulled:
             first = self._candidates.start if self._num_context else self._prompt.question_start
             self._pull(index, first)
+        keys, values = cache.k[index][:, :end], cache.v[index][:, :end]
+        num_layers, m = len(self._decoder.layers), self._num_context
+        final, judged = index == num_layers - 1, m and self._strategy.judges(index, num_layers)
+        self._layer += 1
+        if not final and not judged:
+            self._context_rows += m
+            self._x = layer.advance(self._x, self._positions, keys, values)
+            return None
         q, k, v = layer.project(self._x)
-        keep = self._place(q, k, v)
-        final = index == len(self._decoder.layers) - 1
-        if keep is not None:
-            self._positions = self._positions[keep]
+        if judged:
+            keep = self._narrow(index, q, k, v)
+            self._x, q, self._positions = self._x[keep], q[:, keep], self._positions[keep]
+        else:
+            layer.put(k, v, keys, values, self._positions)
         self._context_rows += self._num_context
         if final:
             # K and V of every row are written; only the last row's logits are wanted.
             self._x, q, self._positions = self._x[-1:], q[:, -1:], self._positions[-1:]
-        elif keep is not None:
-            self._x, q = self._x[keep], q[:, keep]
-        mixed = layer.attend(q, cache.k[index][:, :end], cache.v[index][:, :end], self._positions)
-        self._x = layer.finish(self._x, mixed)
-        self._layer += 1
+        self._x = layer.finish(self._x, layer.attend(q, keys, values, self._positions))
         if not final:
             return None
         cache.length = end
@@ -278,16 +283,10 @@ class LayerwiseRun(FusionRun):
             layer.put_chunks(seen, cache.k[index], cache.v[index])
         self._pulled = index + 1
 
-    def _place(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        """Rotate and write fresh K and V; indices of the rows that stay, the question's among them.
-
-        None keeps all.
-        """
-        index, cache, m = self._layer, self._cache, self._num_context
+    def _narrow(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rotate and write fresh K and V; indices of the rows that stay, the question's too."""
+        cache, m = self._cache, self._num_context
         num_layers, layer = len(self._decoder.layers), self._decoder.layers[index]
-        if not m or not self._strategy.judges(index, num_layers):
-            layer.put(k, v, cache.k[index], cache.v[index], self._positions)
-            return None
         k = layer.rotate(k, self._positions)
         positions = self._positions[:m]
         fresh_k, fresh_v = k[:, :m], v[:, :m]
@@ -304,7 +303,7 @@ class LayerwiseRun(FusionRun):
                 stored_k=stored_k,
                 stored_v=stored_v,
                 scores=self._given,
-                received=lambda: self._received(q, positions),
+                received=lambda: self._received(index, q, positions),
                 deviation=self._decoder.kernels.deviation,
             )
         )
@@ -316,8 +315,8 @@ class LayerwiseRun(FusionRun):
         question = torch.arange(m, len(self._positions), device=positions.device)
         return torch.cat((choice.rows, question))
 
-    def _received(self, q: Tensor, positions: Tensor) -> Tensor:
-        index, end = self._layer, self._prompt.length
+    def _received(self, index: int, q: Tensor, positions: Tensor) -> Tensor:
+        end = self._prompt.length
         keys, values = self._cache.k[index][:, :end], self._cache.v[index][:, :end]
         layer = self._decoder.layers[index]
         return layer.attend_received(q, keys, values, self._positions)[1][positions]

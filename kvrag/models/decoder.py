@@ -108,7 +108,9 @@ class Decoder:
                 name: linear(p.weight, p.bias, self.compute_dtype, native)
                 for name, p in projections.items()
             }
-            rows = None if native is None else row_layer(native, config, norms, full)
+            rows = None
+            if native is not None:
+                rows = row_layer(native, config, norms, full, layer.window)
             self.layers.append(Layer(index, config, rope, norms, full, self.kernels, rows))
             if native is not None:
                 table = None if layer.rope is None else list(ropes).index(layer.rope)

@@ -111,6 +111,20 @@ class Layer:
         tables = None if self._rope is None else self._rope.tables(end)
         return put_stored(native, self.index, chunks, tables, into_k, into_v)
 
+    def advance(self, x: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rows `x` behind the whole block: `project`, `put`, `attend` and `finish`.
+
+        Args:
+            positions: int64 (n,), ascending and reserved.
+            k, v: (kv_heads, m, head_dim), all positions up to the last row's.
+        """
+        if self._rows is not None:
+            tables = None if self._rope is None else self._rope.tables(0)
+            return self._rows.advance(x, positions, tables, k, v)
+        q, own_k, own_v = self.project(x)
+        self.put(own_k, own_v, k, v, positions)
+        return self.finish(x, self.attend(q, k, v, positions))
+
     def first_visible(self, position: int) -> int:
         """The first position that a row at `position` sees."""
         return 0 if self.window is None else max(0, position - self.window + 1)

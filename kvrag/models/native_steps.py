@@ -41,13 +41,17 @@ def native_layers(
 
 
 def row_layer(
-    native: Native, config: ModelConfig, norms: Mapping[str, Tensor], linears: Mapping[str, Linear]
+    native: Native,
+    config: ModelConfig,
+    norms: Mapping[str, Tensor],
+    linears: Mapping[str, Linear],
+    window: int | None,
 ) -> RowLayer | None:
     """One layer of such a model, for many rows; None where native code does not multiply."""
     panels = {name: product for name, product in linears.items() if isinstance(product, Panels)}
     if len(panels) < len(linears):
         return None
-    return RowLayer(native, _shape(config), norms, panels)
+    return RowLayer(native, _shape(config), norms, panels, window)
 
 
 def _shape(config: ModelConfig) -> LayersShape:

@@ -253,11 +253,14 @@ static int64_t room_of(int64_t rows, int64_t tasks) {
     return (vectors + tasks - 1) / tasks * LANES;
 }
 
-/* Numbers of scratch that `attend` needs; keys: 0 where nobody asks what they receive. */
+/* Numbers of scratch that `attend` needs; keys: 0 where nobody asks what they receive, and then
+   for fewer rows and threads, too. */
 EXPORT int64_t attend_scratch(int64_t n, int64_t heads, int64_t kv_heads, int64_t dim,
                               int64_t keys, int threads) {
     int64_t rows = n * (heads / kv_heads), tasks = tasks_of(rows, keys, threads);
-    return threads * scratch_of(room_of(rows, tasks), dim, keys) + kv_heads * tasks * keys;
+    int64_t room = keys ? room_of(rows, tasks) : ROOM(rows);
+    if (room > MOST_ALONE * LANES) room = MOST_ALONE * LANES;
+    return threads * scratch_of(room, dim, keys) + kv_heads * tasks * keys;
 }
 
 /* q: (heads, n, dim); k, v: (kv_heads, tokens, dim), last dimensions contiguous; the others are

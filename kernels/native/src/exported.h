@@ -33,6 +33,13 @@ EXPORT void rotate_into_f32(const f32_t *x, int64_t heads, int64_t n, int64_t di
                             const int64_t *at, int64_t start, float *out, int64_t out_head,
                             int64_t out_token, int packed, int threads);
 
+EXPORT int64_t attend_scratch(int64_t n, int64_t heads, int64_t kv_heads, int64_t dim,
+                              int64_t keys, int threads);
+EXPORT void attend(const float *q, const float *k, const float *v, const int64_t *strides,
+                   int64_t n, int64_t heads, int64_t kv_heads, int64_t dim, const int64_t *first,
+                   const int64_t *last, float scale, int64_t from, int64_t to, float *received,
+                   float *scratch, float *out, int threads);
+
 EXPORT uint64_t xxh3_64(const uint8_t *data, int64_t n);
 
 extern EXPORT const int64_t decode_piece;

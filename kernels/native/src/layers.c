@@ -62,9 +62,9 @@ static void add(const model_t *m, const norm_t *norm, float *part, float *x) {
 
 /* q becomes what its heads gather from the positions that it sees. k and v: (kv_heads, capacity,
    dim), the row's own at `position` included. */
-static void attend(const model_t *m, const layer_t *l, const float *q, const float *k,
-                   const float *v, int64_t capacity, int64_t position, float *states, float *out,
-                   int threads) {
+static void attend_alone(const model_t *m, const layer_t *l, const float *q, const float *k,
+                         const float *v, int64_t capacity, int64_t position, float *states,
+                         float *out, int threads) {
     int64_t head = capacity * m->dim, end = position + 1;
     int64_t first = l->window && end > l->window ? end - l->window : 0;
     int64_t strides[4] = {head, m->dim, head, m->dim};
@@ -105,7 +105,7 @@ EXPORT void layers(const model_t *m, const layer_t *all, const table_t *tables, 
         rotate_into_f32((const f32_t *)v, m->kv_heads, 1, dim, dim, dim, NULL, NULL, 0, NULL,
                         position, into_v, head, dim, 0, 1);
 
-        attend(m, l, q, into_k, into_v, capacity, position, states, mixed, threads);
+        attend_alone(m, l, q, into_k, into_v, capacity, position, states, mixed, threads);
         multiply(m, &l->output, mixed, part, threads);
         add(m, &l->after_attention, part, x);
 
