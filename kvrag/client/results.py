@@ -190,4 +190,5 @@ class Health(_Result):
     running: int
     blending: dict[str, Any]
     controller: dict[str, Any]
+    owed_deletions: int
     tiers: list[dict[str, Any]]

@@ -191,7 +191,7 @@ class EngineBackend(Backend):
                 document.title,
                 document.source,
                 None if document.metadata is None else dict(document.metadata),
-                document.id or "",
+                id=document.id or "",
             )
             for document in documents
         ]

@@ -109,7 +109,7 @@ def _documents(body: DocumentBody | DocumentList) -> list[Document]:
 
 
 def _document(body: DocumentBody) -> Document:
-    return Document(body.text, body.title, body.source, body.metadata, body.id or "")
+    return Document(body.text, body.title, body.source, body.metadata, id=body.id or "")
 
 
 def _add(engine: Engine, documents: Sequence[Document], job: Job[None, Added]) -> Added:

@@ -79,7 +79,7 @@ def test_what_fails_in_the_middle_leaves_the_first(catalog):
 def test_describing_changes_no_chunk(catalog):
     replace(catalog, Document("text", id="a"))
     before = catalog.document_chunks("default", "a")
-    assert catalog.describe_document("default", Document("text", "", "s", {"a": 1}, "a"))
+    assert catalog.describe_document("default", Document("text", "", "s", {"a": 1}, id="a"))
     stored = catalog.document("default", "a")
     assert (stored.source, stored.metadata) == ("s", {"a": 1})
     assert catalog.document_chunks("default", "a") == before

@@ -51,7 +51,12 @@ class KVRagRetriever(BaseRetriever):
     ) -> None:
         self._backend = backend_of(source, **client)
         self._k = k
-        self._options = {"search": search, "where": where, "mmr": mmr, "prefetch": prefetch}
+        self._options: dict[str, Any] = {
+            "search": search,
+            "where": where,
+            "mmr": mmr,
+            "prefetch": prefetch,
+        }
         super().__init__(callback_manager=callback_manager)
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
