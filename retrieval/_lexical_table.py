@@ -26,6 +26,9 @@ CREATE TABLE lexical_tables (
 
 Row = tuple[int, str, str]
 
+#: Chunks of a table that is merged whenever something is deleted from it.
+_MERGED_AT_ONCE = 20_000
+
 
 def table_of(db: sqlite3.Connection, namespace: str) -> str | None:
     """The name of the namespace's table if it holds every chunk, else None."""
@@ -73,9 +76,18 @@ def fill(db: sqlite3.Connection, table: str, namespace: str, rows: Iterable[Row]
 
 
 def forget(db: sqlite3.Connection, namespace: str, chunk_ids: Sequence[int]) -> None:
-    """Take chunks out of the namespace's table, if it has one. In a transaction."""
+    """Take chunks out of the namespace's table, if it has one. In a transaction.
+
+    FTS5 only marks what is deleted: its words go from the file when it merges what it holds. Small
+    tables are merged at once, some 10 us a chunk; large ones in FTS5's own time.
+    """
     row = db.execute(
         "SELECT number FROM lexical_tables WHERE namespace = ?", (namespace,)
     ).fetchone()
-    if row is not None:
-        db.executemany(f"DELETE FROM lexical_{row[0]} WHERE rowid = ?", [(i,) for i in chunk_ids])
+    if row is None:
+        return
+    table = f"lexical_{row[0]}"
+    db.executemany(f"DELETE FROM {table} WHERE rowid = ?", [(i,) for i in chunk_ids])
+    held = f"SELECT count(*) FROM (SELECT 1 FROM {table}_docsize LIMIT ?)"
+    if db.execute(held, (_MERGED_AT_ONCE + 1,)).fetchone()[0] <= _MERGED_AT_ONCE:
+        db.execute(f"INSERT INTO {table} ({table}) VALUES ('optimize')")

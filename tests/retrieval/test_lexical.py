@@ -178,3 +178,16 @@ def test_k_is_checked(catalog):
         LexicalIndex(catalog, "default").search("lamp", 0)
     with pytest.raises(ValueError, match="budget"):
         LexicalIndex(catalog, "default", budget=0)
+
+
+def test_words_of_deleted_chunks_leave_the_file(catalog, tmp_path):
+    """FTS5 keeps what is deleted until it merges; a word stands there as the stemmer leaves it."""
+    put(catalog, [f"fog lamp mine {number}" for number in range(50)])
+    put(catalog, ["zanzibar"])
+    files = list(tmp_path.rglob("catalog*"))
+    assert any(b"zanzibar" in path.read_bytes() for path in files)
+    (chunk_id,) = (found for found, _ in LexicalIndex(catalog, "default").search("zanzibar", 9))
+    (chunk,) = catalog.chunk([chunk_id], namespace="default")
+    assert catalog.delete_document("default", chunk.document_id) is not None
+    assert not any(b"zanzibar" in path.read_bytes() for path in tmp_path.rglob("catalog*"))
+    assert len(LexicalIndex(catalog, "default").search("fog", 99)) == 50
