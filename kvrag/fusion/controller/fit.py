@@ -8,6 +8,7 @@ the machine has become faster or slower, and what was learnt of the proportions 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
@@ -42,7 +43,7 @@ class Fit:
         self._gram, self._moment = np.zeros((kinds, kinds)), np.zeros(kinds)
         self._amounts, self._seconds = np.zeros(kinds), 0.0
         self._doubted: tuple[Vector, float, float] | None = None
-        self._costs: Vector | None = None
+        self._costs: list[float] | None = None
         self.count = 0
 
     def add(self, amounts: Sequence[float], seconds: float) -> None:
@@ -65,8 +66,9 @@ class Fit:
             penalty = self._stiffness * np.maximum(
                 self._gram.diagonal(), self._gram.diagonal()[self._like]
             )
-            self._costs = _non_negative(self._gram + np.diag(penalty), self._moment)
-        return float(self._costs @ np.array(amounts, dtype=np.float64))
+            self._costs = _non_negative(self._gram + np.diag(penalty), self._moment).tolist()
+        # As plain numbers: a forecast asks once a layer, and an array takes longer to make.
+        return float(sum(map(operator.mul, self._costs, amounts)))
 
     def cost(self, kind: int) -> float | None:
         """Seconds a unit of one kind of work."""
