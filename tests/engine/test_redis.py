@@ -254,7 +254,7 @@ def test_answering_garbage(behind, proxy, wanted, garbage):
 def test_out_of_memory(engine, server, wanted, policy):
     with server.client() as client:
         client.config_set("maxmemory-policy", policy)
-        client.config_set("maxmemory", client.info("memory")["used_memory"] + 150_000)
+        client.config_set("maxmemory", client.info("memory")["used_memory"] + 260_000)
         for _ in range(4):
             tiers = ask_in_time(engine, wanted, waits_s=0)
         assert redis_of(engine).healthy
