@@ -302,6 +302,7 @@ class Loading:
     def _bring(self, slot: Slot) -> _Answer:
         """All of the block, verified as it comes, so that reading has nothing left to do."""
         try:
+            slot.require_usable()  # it may have failed meanwhile, for the block before
             with slot.asked("read"):
                 found = slot.tier.whole(self.expected.key, _verify)
         except (TierError, BlockFormatError) as exc:

@@ -47,6 +47,10 @@ def open_block(store, name, **changes):
     return store.open(make_key(name), **(expected | changes))
 
 
+def wanted(names):
+    return [Expected(make_key(n), "chunk", FINGERPRINT, token_ids(n)) for n in names]
+
+
 def put(store, name, **options):
     return store.put(make_key(name), make_block(name), **options)
 
@@ -384,9 +388,8 @@ def test_opening_many_lines_up(store, ram, slow, monkeypatch):
     headers = slow.headers
     monkeypatch.setattr(slow, "headers", lambda keys: asked.append(len(keys)) or headers(keys))
     names = (1, 9, 2, 1, 3, 4)
-    wanted = [Expected(make_key(n), "chunk", FINGERPRINT, token_ids(n)) for n in names]
-    wanted.append(Expected(make_key(1), "chunk", "model-2", token_ids(1)))
-    readers = store.open_many(wanted)
+    other = Expected(make_key(1), "chunk", "model-2", token_ids(1))
+    readers = store.open_many([*wanted(names), other])
     assert asked == [4]  # 9, 2, 3 and 4
     tiers = [reader and reader.tier for reader in readers]
     assert tiers == ["ram", None, "slow", "ram", "slow", "slow", None]
@@ -972,6 +975,18 @@ def test_reads_in_flight_wait_for_one_time_out_in_all(clock):
             with pytest.raises(DamagedBlockError, match=r"timed out|bypassed"):
                 reader.read(0, 2)
             reader.close()
+        assert len(far.waited) == 1
+        assert of(store, "far").errors == 1
+
+
+def test_blocks_opened_to_be_read_whole_wait_for_one_time_out_in_all(clock):
+    far = Hanging()
+    with TieredStore([TierSlot(far)], clock=clock) as store:
+        _until_aside_ends()  # the books are filled
+        for name in range(8):
+            put(store, name)
+        far.hangs = True
+        assert store.open_many(wanted(range(8)), whole=True) == [None] * 8
         assert len(far.waited) == 1
         assert of(store, "far").errors == 1
 
