@@ -373,7 +373,12 @@ def _seek_new(loadings: Iterable[Loading], *, whole: bool) -> None:
     """With their locks held."""
     left = [loading for loading in loadings if not loading._sought]
     if left:
-        _seek(left, whole=whole)
+        try:
+            _seek(left, whole=whole)
+        except BaseException:
+            for loading in left:  # on faster tiers
+                loading._unpin()
+            raise
     for loading in left:
         loading._begin()
 
@@ -383,13 +388,20 @@ def _seek(left: list[Loading], *, start: int = 0, whole: bool = False) -> None:
 
     With their locks held. There is at least one, and all are of one store.
     """
-    placement = left[0]._placement
+    slots = left[0]._placement.slots
     for loading in left:
         loading._slot = None
-    for slot in placement.slots[start:]:
-        if not slot.usable():
-            continue
-        pinned = [(loading, slot.ledger.pin(loading.expected.key)) for loading in left]
+    for slot in slots[start:]:
+        if slot.usable():
+            left = _ask(slot, left, whole=whole)
+            if not left:
+                return
+
+
+def _ask(slot: Slot, left: list[Loading], *, whole: bool) -> list[Loading]:
+    """Settle on that tier what it has; the others. Whatever is raised, no pin of it is left."""
+    pinned = [(loading, slot.ledger.pin(loading.expected.key)) for loading in left]
+    try:
         # Of what is not in the books, nobody knows how much it would be.
         bring = whole and not slot.in_process
         asked = [loading for loading, receipt in pinned if receipt is None] if bring else left
@@ -403,11 +415,16 @@ def _seek(left: list[Loading], *, start: int = 0, whole: bool = False) -> None:
             elif receipt is None:
                 unknown.append(loading)
         if unknown:
+            placement = unknown[0]._placement
             receipts = placement.adopt(slot, [loading.header for loading in unknown])
             for loading, entered in zip(unknown, receipts, strict=True):
                 loading._receipt = entered
-        if not left:
-            return
+    except BaseException:
+        for _, receipt in pinned:
+            if receipt is not None:
+                slot.ledger.unpin(receipt)
+        raise
+    return left
 
 
 def _headers(slot: Slot, loadings: Sequence[Loading]) -> Sequence[_Answer]:

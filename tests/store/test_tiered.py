@@ -888,6 +888,23 @@ def test_a_bug_in_a_tier_leaves_no_reservation_open(store, slow, monkeypatch):
     assert put(store, 1).durable
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_bug_in_a_tier_leaves_no_pin(clock, monkeypatch, whole):
+    """Of what was found in the faster tier neither."""
+    near, far = SlowTier("near"), SlowTier("far")
+    with TieredStore([TierSlot(near), TierSlot(far)], clock=clock, aside=at_once) as store:
+        for name in range(3):
+            put(store, name)
+        near.delete(make_key(1))
+        with monkeypatch.context() as patch:
+            patch.setattr(far, "header", lambda key: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                store.open_many(wanted(range(3)), whole=whole)
+        assert store.stats().open_blocks == 0
+        for slot in store._placement.slots:
+            assert not any(entry.pins for entry in slot.ledger._entries.values())
+
+
 def test_many_threads(tmp_path):
     """Puts, reads and deletes at once: only whole blocks are seen, the limits and sums hold."""
     slots = [TierSlot(RamTier(), 3 * SIZE), TierSlot(DiskTier(tmp_path), 6 * SIZE)]
