@@ -389,13 +389,14 @@ def _seek(left: list[Loading], *, start: int = 0, whole: bool = False) -> None:
     With their locks held. There is at least one, and all are of one store.
     """
     slots = left[0]._placement.slots
-    for loading in left:
-        loading._slot = None
     for slot in slots[start:]:
         if slot.usable():
             left = _ask(slot, left, whole=whole)
             if not left:
                 return
+    # Only now: who opens the block meanwhile must not take it for a miss.
+    for loading in left:
+        loading._slot = None
 
 
 def _ask(slot: Slot, left: list[Loading], *, whole: bool) -> list[Loading]:

@@ -464,6 +464,32 @@ def test_opening_does_not_wait_for_a_read(store, ram, slow):
     assert slow.reads == [(0, 2)]
 
 
+def test_a_block_is_no_miss_while_its_next_copy_is_sought(clock, monkeypatch):
+    """Who opened it in that instant computed it anew."""
+    near, far = SlowTier("near"), SlowTier("far")
+    header, gate, asked = far.header, threading.Event(), threading.Event()
+
+    def waiting(key):
+        asked.set()
+        gate.wait(10)
+        return header(key)
+
+    with TieredStore([TierSlot(near), TierSlot(far)], clock=clock, aside=at_once) as store:
+        put(store, 1)
+        with open_block(store, 1) as one:
+            monkeypatch.setattr(far, "header", waiting)
+            near.delete(make_key(1))
+            thread = threading.Thread(target=lambda: one.read(0, 2))
+            thread.start()
+            assert asked.wait(10)
+            with open_block(store, 1) or contextlib.nullcontext() as other:
+                gate.set()
+                thread.join()
+                assert other is not None
+                assert other.read(0, 2) == list(make_block(1).segments)
+                assert other.tier == "far"
+
+
 def test_closing_does_not_wait_for_a_read_which_keeps_its_pin(store, ram, slow):
     put(store, 1)
     ram.delete(make_key(1))
