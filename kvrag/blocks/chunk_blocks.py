@@ -21,7 +21,7 @@ from kvrag.models.forward import append
 from kvrag.models.source import Model
 from kvrag.store.block import Block, BlockHeader, encode_block, encode_header
 from kvrag.store.codecs import Codec, RawCodec
-from kvrag.store.errors import StoreError
+from kvrag.store.errors import BlockFormatError, StoreError
 from kvrag.store.keys import BlockKey, KeyMaker
 from kvrag.store.tiered import BlockReader, Expected, PutOutcome, TieredStore
 
@@ -176,9 +176,9 @@ class ChunkBlocks:
         segments: list[Buffer] = []
         for layer, (part, segment) in enumerate(zip(header.segments, block.segments, strict=True)):
             if self._made(header):
-                segments.append(memoryview(segment)[: part.length])
+                segments.append(segment[: part.length])
             else:
-                k, v = _LOSSLESS.decode(segment, header)
+                k, v = _LOSSLESS.decode(segment[: part.length], header)
                 segments.append(self.codec.encode(k, v, layer=layer))
         return self._block(header.token_ids, segments)
 
@@ -240,9 +240,11 @@ class ChunkBlocks:
             header = reader.header
             try:
                 segments = reader.read(0, len(header.segments))
-            except StoreError:
+                block = Block(header, encode_header(header), tuple(segments))
+                self.layers(block)  # may not fit the header: no checksum tells
+            except (StoreError, BlockFormatError):
                 return None
-        return Block(header, encode_header(header), tuple(segments))
+        return block
 
     def put(self, block: Block, *, durable_only: bool = False) -> PutOutcome:
         """Store a computed block. See `TieredStore.put`."""
@@ -252,9 +254,14 @@ class ChunkBlocks:
     def layers(self, block: Block) -> list[LayerKV]:
         """Un-rotated K and V of a computed block, layer by layer, as its bytes have them.
 
-        A request that had to compute a block goes on with what later ones will load.
+        A request that had to compute a block goes on with what later ones will load. Raises
+        `BlockFormatError` if a segment is too short.
         """
-        return [self.codec.decode(segment, block.header) for segment in block.segments]
+        header = block.header
+        return [
+            self.codec.decode(segment[: part.length], header)
+            for part, segment in zip(header.segments, block.segments, strict=True)
+        ]
 
 
 def open_chunks(

@@ -560,10 +560,11 @@ def test_layers_do_not_wait_for_admission_to_faster_tiers(stepped):
 
 def test_admitted_although_decoding_failed(stepped):
     """A pin that waits for its admission is not lost with the error."""
+    last = bytes(block(0).segments[-1])
 
     class Odd(Decoding):
         def decode(self, buffer, header):
-            if make_key(0) == header.key and bytes(buffer) == bytes(block(0).segments[-1]):
+            if make_key(0) == header.key and last.startswith(bytes(buffer)):
                 raise ZeroDivisionError
             return RAW.decode(buffer, header)
 

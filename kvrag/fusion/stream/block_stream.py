@@ -236,7 +236,7 @@ class BlockStream:
             if chunk in damaged:
                 continue
             try:
-                self._verified[chunk] = None if place is not None else reads.decoded(segment)
+                self._verified[chunk] = None if place is not None else reads.decoded(layer, segment)
             except BlockFormatError:
                 damaged.append(chunk)
         with self._changed:
@@ -400,7 +400,7 @@ class BlockStream:
             return
         try:
             try:
-                layers = chunk.unpacked(fetched.segments)
+                layers = chunk.unpacked(first, fetched.segments)
             except BlockFormatError:
                 layers = None
             read = Read(

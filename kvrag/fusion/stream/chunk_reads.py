@@ -89,13 +89,18 @@ class ChunkReads:
         self._reading = True
         return first, first + size
 
-    def unpacked(self, segments: Sequence[memoryview]) -> Sequence[LayerKV | memoryview]:
-        """What to deliver of verified segments. Raises `BlockFormatError`."""
-        return segments if self.stored is not None else list(map(self.decoded, segments))
+    def unpacked(
+        self, first: int, segments: Sequence[memoryview]
+    ) -> Sequence[LayerKV | memoryview]:
+        """What to deliver of verified segments from layer `first` on. Raises `BlockFormatError`."""
+        if self.stored is not None:
+            return segments
+        return [self.decoded(layer, segment) for layer, segment in enumerate(segments, first)]
 
-    def decoded(self, segment: memoryview) -> LayerKV:
+    def decoded(self, layer: int, segment: memoryview) -> LayerKV:
         """K and V of a verified segment. Raises `BlockFormatError`."""
-        return self._codec.decode(segment, self.reader.header)
+        header = self.reader.header
+        return self._codec.decode(segment[: header.segments[layer].length], header)
 
     def deliver(self, first: int, layers: Sequence[LayerKV | memoryview]) -> None:
         """The group that was under way is there."""

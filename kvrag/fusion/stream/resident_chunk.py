@@ -74,8 +74,9 @@ class ResidentChunk:
 
         Raises `BlockFormatError`.
         """
-        nbytes = self._resident.verify(layer)
-        return self._codec.decode(self._resident.segment(layer), self._resident.header), nbytes
+        nbytes, header = self._resident.verify(layer), self._resident.header
+        filled = self._resident.segment(layer)[: header.segments[layer].length]
+        return self._codec.decode(filled, header), nbytes
 
     def close(self) -> None:
         """Close the reader, too. A second call does nothing."""
