@@ -28,7 +28,8 @@ _MOST_ROWS = 512
 class RowLayer:
     """What one layer does to rows (n, hidden); float32 on the CPU, thread-safe.
 
-    A row's result depends on no other row, nor on the number of threads.
+    A row's result depends on the number of threads not at all, and on other rows only in that
+    `advance` may round otherwise: what blocks its keys are summed in is theirs, too.
 
     Args:
         norms: as `LayerParts.norms`.
