@@ -11,13 +11,14 @@ from typing import Literal, Protocol
 from kvrag.blocks import ChunkBlocks, PlacedBlocks
 from kvrag.errors import ClosedError, InputError
 from kvrag.prefill import ContextChunk
+from kvrag.retrieval.records import StoredDocument
 from kvrag.searching import Search
 from kvrag.store.errors import StoreError
 from kvrag.store.keys import BlockKey
 from kvrag.store.tiered import BlockReader
 from kvrag.text import check_text
 
-__all__ = ["HandleState", "KVHandle", "KVRetriever", "RetrievedChunk"]
+__all__ = ["HandleState", "KVHandle", "KVRetriever", "RetrievedChunk", "with_documents"]
 
 HandleState = Literal["missing", "stored", "loading", "loaded", "released"]
 
@@ -127,6 +128,16 @@ class Finder(Protocol):
     """Finds chunks: the corpus, as the retriever sees it."""
 
     def search(self, question: str, k: int, search: Search) -> list[ContextChunk]: ...
+
+
+def with_documents(
+    found: Sequence[RetrievedChunk], document: Callable[[str], StoredDocument | None]
+) -> list[tuple[RetrievedChunk, StoredDocument]]:
+    """Each chunk with its document, which is looked up once; without what was deleted meanwhile."""
+    ids = {item.chunk.document for item in found}
+    stored = {id: document(id) for id in ids if id is not None}
+    pairs = ((item, stored.get(item.chunk.document or "")) for item in found)
+    return [(item, of) for item, of in pairs if of is not None]
 
 
 class KVRetriever:

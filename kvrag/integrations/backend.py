@@ -121,30 +121,28 @@ class EngineBackend(Backend):
     def retrieve(
         self, question: str, k: int | None, *, prefetch: bool, **search: Any
     ) -> list[RetrievedChunk]:
+        from kvrag.retriever import with_documents  # brings torch, as an engine does and no URL
+
         try:
             found = self.engine.retrieve(question, k=k, prefetch=prefetch, search=_search(search))
         except EmptyCorpusError:
             return []
-        chunks = []
-        for item in found:
-            document = self.engine.document(item.chunk.document or "")
-            if document is not None:  # else it was deleted meanwhile
-                handle = item.handle
-                kv = KVHandle(id=str(handle.key), tier=handle.tier, state=handle.state)
-                chunks.append(
-                    RetrievedChunk(
-                        id=item.chunk.id,
-                        document=document.id,
-                        title=item.chunk.title,
-                        text=item.chunk.text,
-                        source=document.source,
-                        metadata=document.metadata,
-                        score=item.score,
-                        match=_match(item.chunk),
-                        kv=kv,
-                    )
-                )
-        return chunks
+        return [
+            RetrievedChunk(
+                id=item.chunk.id,
+                document=document.id,
+                title=item.chunk.title,
+                text=item.chunk.text,
+                source=document.source,
+                metadata=document.metadata,
+                score=item.score,
+                match=_match(item.chunk),
+                kv=KVHandle(
+                    id=str(item.handle.key), tier=item.handle.tier, state=item.handle.state
+                ),
+            )
+            for item, document in with_documents(found, self.engine.document)
+        ]
 
     async def aretrieve(
         self, question: str, k: int | None, *, prefetch: bool, **search: Any

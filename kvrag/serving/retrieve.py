@@ -11,7 +11,7 @@ from fastapi import APIRouter
 
 from kvrag.engine import Engine
 from kvrag.retrieval.catalog import StoredDocument
-from kvrag.retriever import RetrievedChunk
+from kvrag.retriever import RetrievedChunk, with_documents
 from kvrag.serving.schemas import (
     KVBody,
     MatchBody,
@@ -34,14 +34,8 @@ def retrieve_router(engine: Engine) -> APIRouter:
     def retrieve(body: RetrieveBody) -> Retrieved:
         """The best chunks, best first; fewer than `k` if no more are found."""
         found = engine.retrieve(body.question, **body.options())
-        documents = {item.chunk.document for item in found}
-        stored = {id: engine.document(id) for id in documents if id is not None}
-        chunks = []
-        for item in found:
-            document = stored.get(item.chunk.document or "")
-            if document is not None:  # else it was deleted meanwhile
-                chunks.append(_chunk(item, document))
-        return Retrieved(chunks=chunks)
+        pairs = with_documents(found, engine.document)
+        return Retrieved(chunks=[_chunk(item, document) for item, document in pairs])
 
     return router
 
