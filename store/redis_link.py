@@ -229,5 +229,11 @@ class RedisLink:
 
 
 def _text_of(exc: Exception) -> str:
-    """Redis's own words, without the command that redis-py puts in front of them."""
-    return str(exc).rpartition(" of pipeline caused error: ")[2]
+    """Redis's own words, without what redis-py and a transaction's end put in front of them.
+
+    A Redis that became full while it queued a transaction tells its reason with the whole.
+    """
+    text = str(exc)
+    for before in (" of pipeline caused error: ", "Transaction discarded because of: "):
+        text = text.rpartition(before)[2]
+    return text

@@ -346,6 +346,18 @@ def test_a_full_redis_that_evicts_nothing_still_answers(tier, small):
     tier.put(make_key(99), big(99))
 
 
+def test_a_redis_that_becomes_full_within_a_transaction_is_full(server):
+    """Each command was queued, and then the whole is refused, with the reason in the refusal."""
+    with Proxy(server.port) as proxy, make_tier(proxy.url) as tier:
+        tier.contains(make_key(1))  # it is connected
+        proxy.garbage = (
+            b"+OK\r\n+QUEUED\r\n+QUEUED\r\n-EXECABORT Transaction discarded because of: "
+            b"OOM command not allowed when used memory > 'maxmemory'.\r\n"
+        )
+        with pytest.raises(TierFullError, match="maxmemory"):
+            tier.put(make_key(1), make_block(1))
+
+
 def test_what_redis_evicts_is_a_miss(tier, small):
     small.config_set("maxmemory-policy", "allkeys-lru")
     for name in range(40):
