@@ -5,10 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from kvrag.errors import EmptyCorpusError
+import numpy as np
+import numpy.typing as npt
+
+from kvrag.errors import CorpusSettingsError, EmptyCorpusError
 from kvrag.models.tokenizer import Tokenizer
 from kvrag.prefill import ContextChunk
 from kvrag.retrieval.catalog import (
@@ -26,12 +32,28 @@ from kvrag.retrieval.hybrid import Found, HybridSearch
 from kvrag.retrieval.index import VectorIndex
 from kvrag.searching import Search
 
-__all__ = ["Corpus"]
+__all__ = ["Added", "ChunkedDocument", "Corpus"]
 
 _log = logging.getLogger(__name__)
 
 #: Chunks whose vectors are made together when a home is opened with another embedder.
 _BATCH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkedDocument:
+    """A document and its chunks, encoded."""
+
+    document: Document
+    chunks: tuple[ChunkInput, ...]
+
+
+class Added(Enum):
+    """What became of a document that was to be added."""
+
+    NEW = "new"
+    REPLACED = "replaced"
+    KNOWN = "known"
 
 
 class Corpus:
@@ -52,9 +74,9 @@ class Corpus:
         chunk_tokens: int,
         replace: Callable[[Callable[[], DeletedDocument | None]], bool],
     ) -> None:
-        """embedder: one, or the name of one. replace: runs what replaces a document."""
+        """embedder: one, or the name of one. replace: runs what may replace a document."""
         self._catalog, self._index_dir, self._tokenizer = catalog, index_dir, tokenizer
-        self._namespace, self._embedder = namespace, embedder
+        self._namespace, self._chosen_embedder = namespace, embedder
         self._chunk_tokens, self._replace = chunk_tokens, replace
         self._lock = threading.RLock()
         self._opened: tuple[Embedder, VectorIndex] | None = None
@@ -69,19 +91,23 @@ class Corpus:
     def namespace(self) -> str:
         return self._namespace
 
-    def add(self, document: Document) -> bool:
-        """Chunk, encode, embed and store a document; False if it is there already.
-
-        Another content under its id is replaced. Its KV is not computed here.
-        """
+    def holds(self, document: Document) -> bool:
+        """Whether a document is there with this title and text."""
         stored = self._catalog.document(self._namespace, document.id)
-        if stored is not None and self._has_content(stored, document):
-            if (stored.source, stored.metadata) != (document.source, document.metadata) and (
-                document.is_named
-            ):
-                self._catalog.describe_document(self._namespace, document)
-            return False
-        embedder, _ = self._open()
+        return stored is not None and self._has_content(stored, document)
+
+    def describe(self, document: Document) -> None:
+        """Give a document that is there the source and metadata of this one, if it was named."""
+        if not document.is_named:  # as another source of the same content, which does not count
+            return
+        stored = self._catalog.document(self._namespace, document.id)
+        if stored is not None and (
+            (stored.source, stored.metadata) != (document.source, document.metadata)
+        ):
+            self._catalog.describe_document(self._namespace, document)
+
+    def chunked(self, document: Document) -> ChunkedDocument:
+        """A document cut and encoded, for `add`. Raises DocumentError if it cannot be cut."""
         with self._lock:
             if self._chunker is None:
                 self._chunker = Chunker(
@@ -89,28 +115,88 @@ class Corpus:
                 )
             chunker = self._chunker
         rendered = [(p, render_chunk(p.title, p.text)) for p in chunker.split(document)]
-        chunks = [ChunkInput(p.title, p.text, self._tokenizer.encode(text)) for p, text in rendered]
-        vectors = embedder.embed_documents([text for _, text in rendered])
-        into = (self._namespace, document, chunks)
-        tokenizer, fingerprint = self._tokenizer.digest, embedder.fingerprint
-        if stored is None:
-            return self._catalog.add_document(
-                *into, tokenizer=tokenizer, vectors=vectors, embedder=fingerprint
-            )
-        self._replace(
-            partial(
-                self._catalog.replace_document,
-                *into,
-                tokenizer=tokenizer,
-                vectors=vectors,
-                embedder=fingerprint,
-            )
+        return ChunkedDocument(
+            document,
+            tuple(
+                ChunkInput(p.title, p.text, self._tokenizer.encode(text)) for p, text in rendered
+            ),
         )
-        return True
 
     def text(self, document_id: str) -> str | None:
         """See `Catalog.document_text`."""
         return self._catalog.document_text(self._namespace, document_id)
+
+    def add(self, items: Sequence[ChunkedDocument], *, rebuild: bool = False) -> list[Added]:
+        """Embed and store documents, each with what became of it. KV is not computed here.
+
+        rebuild: whether a document that is there with other chunks is replaced, too.
+        """
+        lacking = [item for item in items if not self._is_current(item, rebuild)]
+        if not lacking:
+            return [Added.KNOWN] * len(items)
+        texts = [render_chunk(chunk.title, chunk.text) for item in lacking for chunk in item.chunks]
+        vectors = self._open()[0].embed_documents(texts)
+        outcomes: dict[int, Added] = {}
+        first = 0
+        for item in lacking:
+            last = first + len(item.chunks)
+            outcomes[id(item)] = self._store(item, vectors[first:last], rebuild)
+            first = last
+        return [outcomes.get(id(item), Added.KNOWN) for item in items]
+
+    def _is_current(self, item: ChunkedDocument, rebuild: bool) -> bool:
+        if not self.holds(item.document):
+            return False
+        if not rebuild:
+            return True
+        stored = self._catalog.document_chunks(self._namespace, item.document.id)
+        texts = [(c.title, c.text) for c in self._catalog.chunk(stored) if c is not None]
+        return texts == [(chunk.title, chunk.text) for chunk in item.chunks]
+
+    def _store(
+        self, item: ChunkedDocument, vectors: npt.NDArray[np.float32], rebuild: bool
+    ) -> Added:
+        stored_as: dict[str, Any] = {
+            "tokenizer": self._tokenizer.digest,
+            "vectors": vectors,
+            "embedder": self._embedder().fingerprint,
+        }
+        into = (self._namespace, item.document, item.chunks)
+        if self._catalog.add_document(*into, **stored_as):
+            return Added.NEW
+        if self._is_current(item, rebuild):  # another process was faster
+            return Added.KNOWN
+        self._replace(partial(self._catalog.replace_document, *into, **stored_as))
+        return Added.REPLACED
+
+    def agree(self, *, rebuild: bool) -> None:
+        """Hold the settings against those that the corpus was made with, which the first fixes.
+
+        Raises:
+            CorpusSettingsError: they differ, and the corpus is not to be rebuilt.
+        """
+        now = {
+            "chunk_tokens": str(self._chunk_tokens),
+            "embedder": self._embedder().fingerprint,
+        }
+        for name, value in now.items():
+            stored = self._catalog.set_setting(
+                self._namespace, f"corpus_{name}", value, overwrite=False
+            )
+            if stored != value and not rebuild:
+                what = f"has {stored}" if name == "chunk_tokens" else "is another model"
+                raise CorpusSettingsError(
+                    f"the corpus {self._namespace!r} was made with another setting {name!r}, which "
+                    f"{what}: set it back, or rebuild the corpus (kvrag precompute … --rebuild)"
+                )
+
+    def rebuilt(self) -> None:
+        """From now on the corpus counts as made with the present settings."""
+        for name, value in (
+            ("chunk_tokens", str(self._chunk_tokens)),
+            ("embedder", self._embedder().fingerprint),
+        ):
+            self._catalog.set_setting(self._namespace, f"corpus_{name}", value)
 
     def prepare(self) -> None:
         """Open embedder and indexes, which the first search does otherwise."""
@@ -176,12 +262,16 @@ class Corpus:
             match=hit.match,
         )
 
+    def _embedder(self) -> Embedder:
+        with self._lock:
+            if isinstance(self._chosen_embedder, str):
+                self._chosen_embedder = open_embedder(self._chosen_embedder)
+            return self._chosen_embedder
+
     def _open(self) -> tuple[Embedder, VectorIndex]:
         with self._lock:
             if self._opened is None:
-                embedder = self._embedder
-                if isinstance(embedder, str):
-                    embedder = open_embedder(embedder)
+                embedder = self._embedder()
                 self._fill_vectors(embedder)
                 name = f"{embedder.fingerprint}.faiss"
                 index = VectorIndex.open(

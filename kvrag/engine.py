@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
@@ -57,13 +58,17 @@ from kvrag.models.source import Model, open_model
 from kvrag.opened_corpus import Opened, OpenedCorpus
 from kvrag.passages import Passage, passage_chunks
 from kvrag.precompute.job import PrecomputeJob, Progress
+from kvrag.precompute.manifest import write_manifest
+from kvrag.precompute.plan import Plan, plan
+from kvrag.precompute.prune import prune
+from kvrag.precompute.shard import Shard
 from kvrag.prefill import Prefill, Prefilled
 from kvrag.prompting import PromptLayout
 from kvrag.references import References
 from kvrag.retrieval.catalog import Catalog, Counts, StoredDocument
 from kvrag.retrieval.documents import Document
 from kvrag.retrieval.embedder import Embedder
-from kvrag.retrieval.loaders import Skipped
+from kvrag.retrieval.loaders import ReadWhole, Skipped
 from kvrag.retriever import RetrievedChunk
 from kvrag.searching import Search, SearchMode
 from kvrag.store.claims import Claims
@@ -383,9 +388,12 @@ class Engine:
 
     def add(
         self,
-        documents: Iterable[Document | Skipped],
+        documents: Iterable[Document | Skipped | ReadWhole],
         report: Callable[[Progress], None] = lambda progress: None,
         cancelled: Callable[[], bool] = lambda: False,
+        *,
+        shard: Shard | None = None,
+        rebuild: bool = False,
     ) -> Progress:
         """Add documents to the corpus and compute the KV that they lack for this model.
 
@@ -393,14 +401,57 @@ class Engine:
         interrupted goes on here. One with an id of its own replaces what has that id.
 
         Args:
-            documents: `Document`s, or what `kvrag.retrieval.load(paths)` yields.
+            documents: `Document`s, or what `kvrag.retrieval.load(paths)` yields; that of
+                `kvrag.retrieval.read(paths)` also takes out what a file no longer holds. Taken
+                in a thread of its own.
             report: called after each document and chunk, for a progress bar.
             cancelled: asked as often; true ends the job, and what was stored stays.
+            shard: the part of the documents that is added here; None is all.
+            rebuild: whether documents that other settings cut otherwise are replaced.
 
         Raises:
             StorageFullError: no durable tier takes a block.
+            CorpusSettingsError: a corpus of another `chunk_tokens` or `embedder`.
         """
-        return self._job().run(documents, report, self._unless_closed(cancelled))
+        job = self._job(shard, rebuild=rebuild)
+        corpus, _, _ = self._open_corpus()
+        corpus.agree(rebuild=rebuild)
+        progress = job.run(documents, report, self._unless_closed(cancelled))
+        if rebuild and not progress.cancelled:
+            corpus.rebuilt()
+        if progress.documents_replaced:
+            self._forget_decoded()
+        return progress
+
+    def prune(self, paths: Iterable[Path | str]) -> int:
+        """Delete the documents below `paths` whose files are gone; how many that were.
+
+        A document that another file holds, or that was added without one, stays.
+        """
+        corpus, _, _ = self._open_corpus()
+        num_deleted = prune(corpus, self._references, paths)
+        if num_deleted:
+            corpus.save()
+            self._forget_decoded()
+        return num_deleted
+
+    def plan(self, documents: Iterable[Document | Skipped | ReadWhole], shard: Shard) -> Plan:
+        """What adding documents would take; stores nothing of them."""
+        corpus, blocks, _ = self._open_corpus()
+        kinds = partial(blocks.kinds, first=self.settings.first_blocks)
+        return plan(self.model, corpus, kinds, documents, shard)
+
+    def write_manifest(self, path: Path) -> None:
+        """Write what the corpus holds to a file of JSON lines: see `kvrag.precompute.manifest`."""
+        corpus, blocks, _ = self._open_corpus()
+        made_with = {
+            "corpus": self.settings.namespace,
+            "model": self.model.fingerprint,
+            "codec": self._codec.name,
+            "chunk_tokens": self.settings.chunk_tokens,
+            "prefixes": [list(prefix) for prefix in blocks.prefixes],
+        }
+        write_manifest(path, corpus, made_with)
 
     def complete(
         self,
@@ -456,14 +507,23 @@ class Engine:
         if not self._references.delete_document(corpus.namespace, document_id):
             return False
         corpus.save()
+        self._forget_decoded()
+        return True
+
+    def _forget_decoded(self) -> None:
         if self.device_cache is not None:
             self.device_cache.clear()
-        return True
 
     def counts(self) -> Counts:
         """Documents, chunks, vectors and referenced blocks of the corpus."""
         corpus, _, _ = self._open_corpus()
         return corpus.catalog.counts(corpus.namespace)
+
+    @property
+    def corpus_prefixes(self) -> tuple[tuple[int, ...], ...]:
+        """The ids that a chunk's blocks are computed behind, one tuple a block."""
+        first, later = self._open_corpus()[1].prefixes
+        return (later, first) if self.settings.first_blocks and later != first else (later,)
 
     def block_kinds(self) -> list[ChunkBlocks]:
         """What chunks of the corpus, and passages of requests, are looked for in, each once."""
@@ -592,12 +652,19 @@ class Engine:
         by_name = isinstance(name, str) and not _names_ratio(name)
         return settings.controller and not given and by_name
 
-    def _job(self) -> PrecomputeJob:
+    def _job(self, shard: Shard | None = None, *, rebuild: bool = False) -> PrecomputeJob:
         self._check_open()
         self._fixed.make_corpus()
         corpus, blocks, _ = self._open_corpus()
         kinds = partial(blocks.kinds, first=self.settings.first_blocks)
-        return PrecomputeJob(corpus, kinds, self._references, self.store.holds_durably)
+        return PrecomputeJob(
+            corpus,
+            kinds,
+            self._references,
+            self.store.holds_durably,
+            shard=shard,
+            rebuild=rebuild,
+        )
 
     def _context(
         self,

@@ -4,6 +4,7 @@
     ├── SettingsError            an unknown or malformed setting
     ├── InputError (ValueError)  a question, passage or option that cannot be served
     │   ├── PromptTooLongError   the question alone does not fit, or a passage is too long
+    │   ├── CorpusSettingsError  a corpus was made with other settings
     │   ├── EmptyCorpusError     there are no documents to retrieve from
     │   ├── NothingFoundError    no chunk of the corpus is found by the search
     │   └── UnknownStrategyError names the registered strategies
@@ -23,6 +24,7 @@ from __future__ import annotations
 __all__ = [
     "BusyError",
     "ClosedError",
+    "CorpusSettingsError",
     "EmptyCorpusError",
     "InputError",
     "KvragError",
@@ -51,6 +53,10 @@ class InputError(KvragError, ValueError):
 
 class PromptTooLongError(InputError):
     """A passage, or the question with nothing else, exceeds what the model can hold."""
+
+
+class CorpusSettingsError(InputError):
+    """A corpus was made with other settings than those in force; it can be rebuilt."""
 
 
 class EmptyCorpusError(InputError):

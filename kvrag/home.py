@@ -48,6 +48,11 @@ class Home:
         """Tells processes on one home which blocks others are computing. Empty."""
         return self.path / "computing.lock"
 
+    def job_lock(self, namespace: str, shard: str) -> Path:
+        """What a job on a corpus holds, so that a second one waits."""
+        name = f"{namespace.encode().hex()}-{shard.replace('/', '-of-')}.lock"
+        return self.path / "jobs" / name
+
     def referred_keys(self) -> set[BlockKey] | None:
         """Blocks that a corpus of the home refers to; None without a catalog."""
         if not self.catalog.is_file():

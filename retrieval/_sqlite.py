@@ -88,6 +88,17 @@ CREATE TABLE document_texts (
 ) WITHOUT ROWID;
 """
 
+# Which file each document came from, under a name that stays; '' for one that came from none. A
+# document that several files hold stays as long as one of them does.
+_ORIGINS = """
+CREATE TABLE origins (
+    namespace TEXT NOT NULL, origin TEXT NOT NULL, document_id TEXT NOT NULL,
+    PRIMARY KEY (namespace, origin, document_id),
+    FOREIGN KEY (namespace, document_id) REFERENCES documents (namespace, id) ON DELETE CASCADE
+) WITHOUT ROWID;
+CREATE INDEX origins_of_document ON origins (namespace, document_id);
+"""
+
 #: What leads from each version to the next, beginning with an empty file.
 _STEPS = (
     _FIRST_SCHEMA,
@@ -95,6 +106,7 @@ _STEPS = (
     _OWED_DELETIONS,
     _LEXICAL_TABLES,
     _DOCUMENT_TEXTS,
+    _ORIGINS,
 )
 SCHEMA_VERSION = len(_STEPS)
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from ._block_refs import BlockRefs
 from ._catalog_file import BATCH_ROWS, check_name
 from ._lexical_table import begin_table, fill, forget, table_of
+from ._origins import Origins
 from ._sqlite import translated, write_backup
 from .documents import Document
 from .errors import CatalogError
@@ -40,7 +41,7 @@ _VECTOR_DTYPE = np.dtype("<f4")
 _LARGEST_STEP = 1 << 20
 
 
-class Catalog(BlockRefs):
+class Catalog(BlockRefs, Origins):
     """Thread-safe: one connection behind one lock, held for one statement or transaction.
 
     Several processes may have the same file open; a writer waits `busy_timeout_s` for another.

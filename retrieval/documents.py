@@ -68,12 +68,21 @@ class Document:
         if self.id:
             _check_id(self.id)
             object.__setattr__(self, "is_named", True)
-            return
-        # The length in front keeps ("ab", "c") and ("a", "bc") apart.
-        digest = blake2b(len(title_bytes).to_bytes(8, "little"), digest_size=_ID_BYTES)
-        digest.update(title_bytes)
-        digest.update(text_bytes)
-        object.__setattr__(self, "id", digest.hexdigest())
+        else:
+            object.__setattr__(self, "id", _digest(title_bytes, text_bytes))
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits of title and text: the id, unless another was given."""
+        return _digest(self.title.encode(), self.text.encode()) if self.is_named else self.id
+
+
+def _digest(title: bytes, text: bytes) -> str:
+    # The length in front keeps ("ab", "c") and ("a", "bc") apart.
+    digest = blake2b(len(title).to_bytes(8, "little"), digest_size=_ID_BYTES)
+    digest.update(title)
+    digest.update(text)
+    return digest.hexdigest()
 
 
 def _check_id(document_id: str) -> None:

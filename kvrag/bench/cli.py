@@ -17,6 +17,7 @@ from kvrag.bench import (
     kernels,
     layers,
     pipeline,
+    precompute,
     retrieval,
     sealing,
     store,
@@ -334,6 +335,21 @@ def store_command(
         peer_timeout_s=peer_timeout,
     )
     store.run(_settings(context), options)
+
+
+@app.command("precompute")
+def precompute_command(
+    context: typer.Context,
+    documents: Annotated[int, typer.Option(min=1, help="Documents a repetition.")] = 8,
+    tokens: Annotated[int, typer.Option(min=8, max=2000, help="Tokens of a document.")] = 240,
+    joined: Annotated[int, typer.Option(min=1, help="Chunks whose rows are joined.")] = 4,
+    repetitions: Annotated[int, typer.Option(min=1, help="Runs that the median is of.")] = 5,
+    seed: Annotated[int, typer.Option(help="Draws the documents.")] = 0,
+) -> None:
+    """How much of the model's own prefill speed the corpus job keeps."""
+    options = precompute.PrecomputeOptions(documents, tokens, joined, repetitions, seed)
+    with _engine(context) as engine:
+        precompute.run(engine, options)
 
 
 @app.command("sealing")

@@ -22,7 +22,7 @@ from ..errors import DocumentError, MissingExtraError, needs_extra
 from .file import Skipped, reason, shown, without_secrets
 from .walk import walk
 
-__all__ = ["Place", "places"]
+__all__ = ["Place", "is_gone", "lies_within", "places"]
 
 _URL = re.compile(r"[a-z][a-z0-9+.\-]*(?:://|::)")
 #: A file system inside a file: what comes out of it may be many times what went in.
@@ -76,6 +76,41 @@ def places(given: Path | str) -> Callable[[set[tuple[int, int]]], Iterator[Place
                     yield _local(path)
 
     return files
+
+
+def is_gone(origin: str) -> bool:
+    """Whether the file of that `Place.origin` is no longer there; False where nobody can tell."""
+    if not _URL.match(origin):
+        return not os.path.lexists(origin)
+    try:
+        import fsspec
+
+        system, path = fsspec.core.url_to_fs(origin)
+        return not system.exists(path)
+    except FileNotFoundError:  # the archive itself
+        return True
+    except Exception:  # as below; without a password, say, it may be there all the same
+        return False
+
+
+def lies_within(origin: str, given: Path | str) -> bool:
+    """Whether `places(given)` could have led to that origin; a pattern leads below its folder."""
+    text = os.fspath(given)
+    if isinstance(given, str) and _URL.match(given) and not given.startswith("file://"):
+        inner, separator, outer = without_secrets(text).partition("::")
+        if separator:
+            return origin.endswith(separator + outer)
+        return origin.replace(":///", "://").startswith(_fixed(inner).replace(":///", "://"))
+    root = shown(Path(os.path.abspath(_fixed(text.removeprefix("file://")))))
+    return origin == root or origin.startswith(root.rstrip("/") + "/")
+
+
+def _fixed(text: str) -> str:
+    """The folder of a pattern: its part before the first that can vary."""
+    if not _is_pattern(text) or os.path.lexists(text):
+        return text
+    parts = text.split("/")
+    return "/".join(parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))]) or "."
 
 
 def _is_pattern(text: str) -> bool:

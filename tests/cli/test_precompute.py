@@ -17,8 +17,9 @@ pytest.importorskip("faiss", reason="documents need the extra kvrag[retrieval]")
 pytest.importorskip("sentence_transformers", reason="documents need the extra kvrag[retrieval]")
 
 FIELDS = {
-    "documents_added", "documents_known", "chunks", "chunks_stored_before", "tokens_computed",
-    "bytes_written", "tokens_per_s", "seconds", "skipped",
+    "documents_added", "documents_known", "documents_elsewhere", "documents_replaced",
+    "documents_vanished", "chunks", "chunks_stored_before", "tokens_computed", "bytes_written",
+    "tokens_per_s", "seconds", "busy", "skipped",
 }  # fmt: skip
 
 
@@ -144,7 +145,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(kvrag, tmp_path, mon
     monkeypatch.setattr("kvrag.cli.bar._LINE_EVERY_S", 0.0)
     result = kvrag("precompute", write_documents(tmp_path / "docs", 2))
     assert result.code == 0
-    assert "1 documents, 0 skipped" in result.err
+    assert "0 chunks, 2 documents so far, 0 skipped" in result.err
     assert "2 of 2 chunks, " in result.err
     assert "tokens/s" in result.err
 
@@ -190,7 +191,8 @@ def test_a_kill_costs_no_stored_block(kvrag, tmp_path, environment):
     result = execute("precompute", documents, "--json")
     assert result.code == 0
     summary = result.json
-    assert (summary["documents_added"], summary["documents_known"]) == (0, count)
+    assert summary["documents_added"] + summary["documents_known"] == count
+    assert summary["documents_known"] >= len(before)
     assert (summary["chunks"], summary["chunks_stored_before"]) == (count, len(before))
     after = stored_blocks(home)
     assert len(after) == count
@@ -219,3 +221,53 @@ def test_an_interrupt_is_quiet_and_resumes(kvrag, tmp_path, environment, monkeyp
     monkeypatch.setattr(ChunkBlocks, "compute", compute)
     assert kvrag("precompute", folder, "--json").json["chunks_stored_before"] == 2
     assert os.listdir(environment["KVRAG_HOME"])
+
+
+def test_a_dry_run_makes_no_home(kvrag, tmp_path, environment):
+    folder = write_documents(tmp_path / "docs", 3)
+    plan = kvrag("precompute", folder, "--dry-run", "--json").json
+    assert (plan["documents"], plan["chunks"], plan["blocks"]) == (3, 3, 3)
+    assert set(plan["nbytes"]) == {"raw", "int8", "int4"}
+    assert plan["tiers"][0]["name"] == "disk"
+    assert plan["tiers"][0]["fits"]
+    assert plan["seconds"] > 0
+    assert not Path(environment["KVRAG_HOME"]).exists()
+    shown = kvrag("--set", "disk_bytes=1", "precompute", folder, "--dry-run").out
+    assert "3 documents to add, 0 known" in shown
+    assert "NOT enough" in shown
+
+
+def test_corpora_shards_pruning_and_the_manifest(kvrag, tmp_path):
+    folder = write_documents(tmp_path / "docs", 4)
+    manifest = tmp_path / "manifest.jsonl"
+    options = ("--corpus", "lamps", "--manifest", manifest, "--json")
+    parts = [kvrag("precompute", folder, "--shard", f"{n}/2", *options).json for n in (1, 2)]
+    assert sum(part["documents_added"] for part in parts) == 4
+    assert parts[0]["documents_elsewhere"] == 4 - parts[0]["documents_added"]
+    assert len(manifest.read_text().splitlines()) == 5
+    assert (
+        kvrag("--set", "namespace=lamps", "store", "stat", "--json").json["catalog"]["chunks"] == 4
+    )
+    assert kvrag("store", "stat", "--json").json["catalog"]["chunks"] == 0
+    (folder / "0000.txt").unlink()
+    gone = kvrag("precompute", folder, "--prune", *options).json
+    assert (gone["documents_vanished"], gone["documents_known"]) == (1, 3)
+    assert len(manifest.read_text().splitlines()) == 4
+    for bad in (["--prune"], [folder, "--shard", "3/2"], ["--dry-run"]):
+        assert kvrag("precompute", *bad).code == 2
+
+
+def test_a_second_job_on_one_corpus_waits_and_says_so(kvrag, tmp_path, environment):
+    from kvrag.home import Home
+    from kvrag.precompute.lock import only_job
+
+    folder = write_documents(tmp_path / "docs", 1)
+    lock = Home(Path(environment["KVRAG_HOME"])).job_lock("default", "1/1")
+    with only_job(lock, lambda holder: None):
+        process = start("precompute", folder)
+        line = process.stderr.readline()
+        assert "another job (process " in line
+        assert "works on the corpus 'default'; waiting" in line
+        assert process.poll() is None
+    process.communicate(timeout=240)
+    assert process.returncode == 0
