@@ -80,13 +80,16 @@ class Filing:
         """Yield each document once when it is stored, and None for what is none."""
         waiting: list[ChunkedDocument | Document | Skipped | ReadWhole] = []
         num_chunks = 0
+        # Growing: the computation waits for the first of them.
+        wanted = 1
         done: set[str] = set()
         for item in items:
             waiting.append(item)
             num_chunks += len(item.chunks) if isinstance(item, ChunkedDocument) else 0
-            if num_chunks >= _BATCH_CHUNKS or len(waiting) >= _BATCH_ITEMS:
+            if num_chunks >= wanted or len(waiting) >= _BATCH_ITEMS:
                 yield from self._file(waiting, done)
                 waiting, num_chunks = [], 0
+                wanted = min(2 * wanted, _BATCH_CHUNKS)
         yield from self._file(waiting, done)
 
     def _file(

@@ -5,8 +5,9 @@ the next. What is done is what the store holds: after a kill the job looks at ea
 computes only the blocks that no durable tier has. Memory does not grow with the corpus, apart from
 the vector index, an id a document, and a few hundred bytes a block in the store's ledger.
 
-Chunks are computed one at a time: joining the rows of several gains nothing on a CPU, where 24 to
-256 rows keep the products as busy as a thousand do (`kvrag bench precompute`).
+Chunks are computed one at a time: joining the rows of several gains nothing on a CPU, where 64
+rows keep the products as busy as a thousand do. By the processor's time the model alone is 0.76 to
+1.04 times as fast with 3 to 10 chunks of 24 to 256 tokens joined (`kvrag bench precompute`).
 """
 
 from __future__ import annotations
