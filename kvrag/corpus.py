@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvrag.errors import CorpusSettingsError, EmptyCorpusError
+from kvrag.errors import EmptyCorpusError
+from kvrag.made_with import MadeWith
 from kvrag.models.tokenizer import Tokenizer
 from kvrag.prefill import ContextChunk
 from kvrag.retrieval.catalog import (
@@ -40,6 +42,9 @@ _log = logging.getLogger(__name__)
 _BATCH = 64
 
 
+_EMBEDDER, _CHUNK_TOKENS = "embedder", "chunk_tokens"
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkedDocument:
     """A document and its chunks, encoded."""
@@ -59,8 +64,8 @@ class Added(Enum):
 class Corpus:
     """Documents of one namespace as one tokenizer and one embedder see them. Thread-safe.
 
-    Token ids belong to a tokenizer and vectors to an embedder; what a home lacks for the ones in
-    use is made and stored on the way.
+    Token ids belong to a tokenizer; what a home lacks for the one in use is made and stored on the
+    way. The embedder is the maker's, and so is that of all who search, until a rebuild.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class Corpus:
         self._catalog, self._index_dir, self._tokenizer = catalog, index_dir, tokenizer
         self._namespace, self._chosen_embedder = namespace, embedder
         self._chunk_tokens, self._replace = chunk_tokens, replace
+        self._made_with = MadeWith(catalog, namespace)
         self._lock = threading.RLock()
         self._opened: tuple[Embedder, VectorIndex] | None = None
         self._chunker: Chunker | None = None
@@ -131,7 +137,12 @@ class Corpus:
 
         rebuild: whether a document that is there with other chunks is replaced, too.
         """
-        lacking = [item for item in items if not self._is_current(item, rebuild)]
+        times = Counter(item.document.id for item in items)  # more than one: the last one stays
+        lacking = [
+            item
+            for item in items
+            if times[item.document.id] > 1 or not self._is_current(item, rebuild)
+        ]
         if not lacking:
             return [Added.KNOWN] * len(items)
         texts = [render_chunk(chunk.title, chunk.text) for item in lacking for chunk in item.chunks]
@@ -172,31 +183,21 @@ class Corpus:
     def agree(self, *, rebuild: bool) -> None:
         """Hold the settings against those that the corpus was made with, which the first fixes.
 
+        rebuild: whether the corpus takes the embedder in force from now on.
+
         Raises:
             CorpusSettingsError: they differ, and the corpus is not to be rebuilt.
         """
-        now = {
-            "chunk_tokens": str(self._chunk_tokens),
-            "embedder": self._embedder().fingerprint,
-        }
-        for name, value in now.items():
-            stored = self._catalog.set_setting(
-                self._namespace, f"corpus_{name}", value, overwrite=False
-            )
-            if stored != value and not rebuild:
-                what = f"has {stored}" if name == "chunk_tokens" else "is another model"
-                raise CorpusSettingsError(
-                    f"the corpus {self._namespace!r} was made with another setting {name!r}, which "
-                    f"{what}: set it back, or rebuild the corpus (kvrag precompute … --rebuild)"
-                )
+        embedder, cut = self._embedder().fingerprint, str(self._chunk_tokens)
+        if rebuild:
+            self._made_with.change(_EMBEDDER, embedder)
+        self._made_with.fix(_EMBEDDER, embedder)
+        if not rebuild:
+            self._made_with.fix(_CHUNK_TOKENS, cut)
 
     def rebuilt(self) -> None:
-        """From now on the corpus counts as made with the present settings."""
-        for name, value in (
-            ("chunk_tokens", str(self._chunk_tokens)),
-            ("embedder", self._embedder().fingerprint),
-        ):
-            self._catalog.set_setting(self._namespace, f"corpus_{name}", value)
+        """From now on the corpus counts as cut by the present settings."""
+        self._made_with.change(_CHUNK_TOKENS, str(self._chunk_tokens))
 
     def prepare(self) -> None:
         """Open embedder and indexes, which the first search does otherwise."""
@@ -272,6 +273,7 @@ class Corpus:
         with self._lock:
             if self._opened is None:
                 embedder = self._embedder()
+                self._made_with.check(_EMBEDDER, embedder.fingerprint)
                 self._fill_vectors(embedder)
                 name = f"{embedder.fingerprint}.faiss"
                 index = VectorIndex.open(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import closing
 
 import pytest
 from langchain_core.embeddings import DeterministicFakeEmbedding
@@ -12,7 +13,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 
 from kvrag.engine import Engine
-from kvrag.errors import InputError
+from kvrag.errors import CorpusSettingsError, InputError
 from kvrag.integrations.langchain import (
     ChatKVRag,
     KVRagRetriever,
@@ -233,11 +234,13 @@ def test_embedders_are_told_apart_by_name_and_width():
     assert len({fingerprint(6), fingerprint(7), fingerprint(6, name="a")}) == 3
 
 
-def test_the_index_of_another_embedder_is_not_used(make_settings):
-    """A home that is opened with other embeddings gets vectors of these, beside the first."""
+def test_a_corpus_of_another_embedder_is_refused(make_settings):
     settings = make_settings()
-    for size in (6, 9):
-        store = KVRagVectorStore(settings, DeterministicFakeEmbedding(size=size))
+    with closing(KVRagVectorStore(settings, DeterministicFakeEmbedding(size=6))) as store:
         store.add_texts(["foo", "bar"], ids=["1", "2"])
         assert store.similarity_search("bar", k=1)[0].id == "2"
-        store.close()
+    with closing(KVRagVectorStore(settings, DeterministicFakeEmbedding(size=9))) as store:
+        with pytest.raises(CorpusSettingsError, match="rebuild"):
+            store.add_texts(["foo"], ids=["1"])
+        with pytest.raises(CorpusSettingsError, match="embedder"):
+            store.similarity_search("bar", k=1)
