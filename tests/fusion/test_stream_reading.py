@@ -517,7 +517,11 @@ def test_a_store_closed_under_a_stream_loses_what_is_not_in_hand(real):
 
 def test_two_requests_share_blocks_and_each_byte_is_read_once(stepped):
     bench = Bench(stepped=(stepped, range(4)))
+    # What both want is open, and so shared, from the first stream's beginning to the second's.
+    both_open = threading.Event()
+    stepped.gates = {(name, LAYERS - 1): both_open for name in (1, 2)}
     one, other = bench.stream([0, 1, 2]), bench.stream([2, 1, 3])
+    both_open.set()
     for layer in range(LAYERS):
         for names, stream in (([0, 1, 2], one), ([2, 1, 3], other)):
             for name, kv in zip(names, stream.next_layer(), strict=True):

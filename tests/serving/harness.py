@@ -205,10 +205,10 @@ def ask_events(url: str, **body: Any) -> list[tuple[str, Any]]:
 
 
 def health(url: str) -> dict[str, Any]:
-    return httpx.get(f"{url}/health", timeout=10, verify=TLS).json()
+    return httpx.get(f"{url}/health", timeout=60, verify=TLS).json()
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"

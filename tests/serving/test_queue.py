@@ -130,7 +130,7 @@ def test_a_client_that_leaves_ends_its_running_request(url, engine, stream):
     if stream:
         assert b"event: sources" in _read_until(request, b"event: token")
     request.drop()
-    wait_until(lambda: health(url)["running"] == 0, "it ended", timeout_s=5)
+    wait_until(lambda: health(url)["running"] == 0, "it ended")
     assert engine.streams[-1].answer.finish_reason == "cancelled"
     assert ask(url, question="Who?", passages=["x"], max_tokens=1).status_code == 200
 
@@ -144,7 +144,7 @@ def test_a_client_that_leaves_the_line_is_never_asked_for(url, engine, stream):
             staying = pool.submit(ask, url, question="staying", passages=["x"], max_tokens=1)
             wait_until(lambda: health(url)["queue_depth"] == 2, "both wait")
             leaving.drop()
-            wait_until(lambda: health(url)["queue_depth"] == 1, "one left", timeout_s=5)
+            wait_until(lambda: health(url)["queue_depth"] == 1, "one left")
         assert staying.result().status_code == 200
     assert engine.asked == ["busy", "staying"]
 

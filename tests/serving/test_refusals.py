@@ -206,7 +206,7 @@ def test_many_errors_in_one_body_cost_little(client, body):
     path = DOCUMENTS if "documents" in body else QUERY
     response = client.post(path, content=body, headers=JSON)
     assert len(refused(response, 422)["message"]) < 1000
-    assert response.elapsed.total_seconds() < 10
+    assert response.elapsed.total_seconds() < 60
 
 
 def test_metadata_nested_too_deep(client):

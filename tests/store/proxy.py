@@ -13,13 +13,14 @@ class Proxy:
 
     `delay_s`: how much later each piece of an answer is passed on. `budget`: how many more bytes of
     answers pass before everything hangs; None is no end. `largest`: pieces of more bytes hang, as
-    on a path that drops large packets. `garbage`: what is answered instead. `deaf`:
-    nothing that is asked is passed on. `round_trips` counts how often something was asked after an
-    answer had begun, or first of all.
+    on a path that drops large packets; `swallowed` counts them. `garbage`: what is answered
+    instead. `deaf`: nothing that is asked is passed on. `round_trips` counts how often something
+    was asked after an answer had begun, or first of all.
     """
 
     def __init__(self, target: int) -> None:
         self.delay_s, self.budget, self.garbage = 0.0, None, None
+        self.swallowed = 0
         self.largest, self.deaf = None, False
         self.round_trips, self._answered = 0, True
         self._target = target
@@ -84,6 +85,7 @@ class Proxy:
         if self.delay_s:
             time.sleep(self.delay_s)
         if self.largest is not None and len(data) > self.largest:
+            self.swallowed += 1
             return b""
         if self.garbage is not None:
             return self.garbage
