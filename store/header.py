@@ -6,14 +6,15 @@ Knows nothing of bytes on a disk (block.py) nor of what the segments mean (codec
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import BlockFormatError
 from .keys import KINDS, BlockKey
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["ALIGNMENT", "BlockHeader", "ExtraValue", "SegmentInfo", "padded"]
 
@@ -35,8 +36,7 @@ def padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-@dataclass(frozen=True, slots=True)
-class SegmentInfo:
+class SegmentInfo(NamedTuple):
     """Place of one segment: `offset` in the block, `length` without padding, both in bytes.
 
     `checksum` is the xxh3-64 of the padded segment.
@@ -144,23 +144,36 @@ def _check_shape(what: str, shape: object) -> None:
 def _check_segments(segments: object) -> None:
     if not isinstance(segments, tuple) or not segments:
         raise BlockFormatError("a block has at least one segment")
+    # All at once: one after the other they would be half of what decoding a header takes.
+    if not _are_sound(segments):
+        _check_each(segments)
+
+
+def _are_sound(segments: Sequence[SegmentInfo]) -> bool:
+    """Whether `_check_each` finds nothing."""
+    offsets, lengths, checksums = zip(*segments, strict=True)
+    if {*map(type, chain(offsets, lengths, checksums))} != {int}:
+        return False
+    ends = [offset - -length // ALIGNMENT * ALIGNMENT for offset, length, _ in segments]
+    return (
+        ALIGNMENT <= min(offsets) <= max(offsets) <= _MAX_OFFSET
+        and 1 <= min(lengths) <= max(lengths) <= _MAX_SEGMENT_NBYTES
+        and 0 <= min(checksums) <= max(checksums) <= _MAX_CHECKSUM
+        and not offsets[0] % ALIGNMENT
+        and ends[:-1] == [*offsets[1:]]
+    )
+
+
+def _check_each(segments: Sequence[SegmentInfo]) -> None:
     end = None
     for index, segment in enumerate(segments):
-        offset, length, checksum = segment.offset, segment.length, segment.checksum
-        if not (
-            type(offset) is type(length) is type(checksum) is int
-            and ALIGNMENT <= offset <= _MAX_OFFSET
-            and 1 <= length <= _MAX_SEGMENT_NBYTES
-            and 0 <= checksum <= _MAX_CHECKSUM
-        ):
-            # Which one it is: not asked above, since this is most of what a header takes to check.
-            _check_int(f"the offset of segment {index}", offset, ALIGNMENT, _MAX_OFFSET)
-            _check_int(f"the length of segment {index}", length, 1, _MAX_SEGMENT_NBYTES)
-            _check_int(f"the checksum of segment {index}", checksum, 0, _MAX_CHECKSUM)
-        if offset % ALIGNMENT or end not in (None, offset):
+        _check_int(f"the offset of segment {index}", segment.offset, ALIGNMENT, _MAX_OFFSET)
+        _check_int(f"the length of segment {index}", segment.length, 1, _MAX_SEGMENT_NBYTES)
+        _check_int(f"the checksum of segment {index}", segment.checksum, 0, _MAX_CHECKSUM)
+        if segment.offset % ALIGNMENT or end not in (None, segment.offset):
             raise BlockFormatError(
                 f"segments follow one another at multiples of {ALIGNMENT}: "
-                f"segment {index} cannot start at {offset}"
+                f"segment {index} cannot start at {segment.offset}"
             )
         end = segment.end
 

@@ -91,12 +91,15 @@ def decode_header(buffer: Buffer, *, expect_key: BlockKey | None = None) -> Bloc
     """
     view = _checked_region(buffer)
     region, used = len(view), used_nbytes(view)
-    header = _parse(_unpack(view[_START:used]))
+    packed, padding = view[_START:used].tobytes(), view[used:].tobytes()
+    fields = _unpack(packed)
+    header = _parse(fields)
     if header.header_nbytes != region:
         raise BlockFormatError(
             f"the first segment starts at {header.header_nbytes}, not behind the header at {region}"
         )
-    if encode_header(header) != view.tobytes():
+    # The fields are those of a sound header, so these are the bytes that `encode_header` makes.
+    if msgpack.packb(fields, use_bin_type=True) != packed or padding != _ZEROS[: len(padding)]:
         raise BlockFormatError("the header is not in the one encoding that a block may have")
     if expect_key is not None and header.key != expect_key:
         raise BlockFormatError(f"the block is {header.key}, expected {expect_key}")
@@ -142,7 +145,7 @@ def _pack(header: BlockHeader) -> bytes:
                 "codec": header.codec,
                 "codec_version": header.codec_version,
                 "codec_digest": header.codec_digest,
-                "segments": [(part.offset, part.length, part.checksum) for part in header.segments],
+                "segments": header.segments,
                 "extra": dict(header.extra),
             },
             use_bin_type=True,
@@ -191,7 +194,7 @@ def _packed_nbytes(view: memoryview) -> int:
     return int(packed_nbytes)
 
 
-def _unpack(packed: memoryview) -> dict[str, Any]:
+def _unpack(packed: bytes) -> dict[str, Any]:
     try:
         fields = msgpack.unpackb(packed, raw=False, strict_map_key=True)
     except (ValueError, TypeError, OverflowError, RecursionError) as exc:
@@ -234,7 +237,6 @@ def _parse(fields: dict[str, Any]) -> BlockHeader:
 def _parse_segments(rows: object) -> tuple[SegmentInfo, ...]:
     if not isinstance(rows, list):
         raise BlockFormatError("segments must be a list")
-    for row in rows:
-        if not isinstance(row, list) or len(row) != 3:
-            raise BlockFormatError("a segment must be offset, length and checksum")
-    return tuple(SegmentInfo(*row) for row in rows)
+    if not {*map(type, rows)} <= {list} or not {*map(len, rows)} <= {3}:
+        raise BlockFormatError("a segment must be offset, length and checksum")
+    return tuple(map(SegmentInfo._make, rows))

@@ -9,11 +9,13 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvrag.store import header as header_module
 from kvrag.store import header_bytes
 from kvrag.store.block import (
     ALIGNMENT,
     MAGIC,
     MAX_HEADER_NBYTES,
+    SegmentInfo,
     decode_header,
     encode_block,
     encode_header,
@@ -368,3 +370,25 @@ def test_a_header_is_hashable_and_cannot_be_changed():
     with pytest.raises(TypeError):
         block.header.extra["a"] = 2
     assert block.header.token_ids == token_ids(1)
+
+
+rows = st.tuples(
+    st.sampled_from([0, 4096, 4097, 8192, 12288, 2**62, 2**62 + 4096, True, 4096.0]),
+    st.sampled_from([0, 1, 4096, 4097, 2**40, 2**40 + 1, True, 1.0]),
+    st.sampled_from([0, 2**64 - 1, 2**64, -1, True, 1.0]),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(rows=st.lists(rows, min_size=1, max_size=3), follow=st.booleans())
+def test_segments_checked_at_once_are_those_that_pass_one_by_one(rows, follow):
+    segments = [SegmentInfo(*row) for row in rows]
+    if follow and all(type(part.length) is int for part in segments):
+        for index in range(1, len(segments)):
+            segments[index] = segments[index]._replace(offset=segments[index - 1].end)
+    try:
+        header_module._check_each(segments)
+        sound = True
+    except BlockFormatError:
+        sound = False
+    assert header_module._are_sound(segments) == sound
