@@ -134,5 +134,5 @@ class BufferPool:
 
 def _aligned(nbytes: int) -> _Bytes:
     whole = np.empty(nbytes + ALIGNMENT, dtype=np.uint8)
-    start = -whole.ctypes.data % ALIGNMENT
+    start = -whole.__array_interface__["data"][0] % ALIGNMENT
     return whole[start : start + nbytes]

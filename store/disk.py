@@ -15,6 +15,8 @@ import errno
 import os
 import stat
 import time
+from bisect import bisect_right
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,29 +126,26 @@ class DiskTier(Tier):
             if descriptor is None:
                 return None
             status = _status(descriptor)
-            nbytes = status.st_size
-            if (
-                nbytes <= _LARGEST_AT_ONCE
-                and uncached(descriptor, 0, nbytes)
-                and not self._read_before.again(key)
-            ):
-                data = read_range(descriptor, 0, nbytes, self._buffers, direct=True)
+            nbytes, header = status.st_size, None
+            if nbytes > _LARGEST_AT_ONCE:
+                header = self._read_header(key, descriptor)
+            direct = uncached(descriptor, 0, nbytes) and not self._read_before.again(key)
+            data = memory_for(descriptor, 0, nbytes, self._buffers)
+            end = nbytes if direct else min(nbytes, ALIGNMENT + _PIECE_NBYTES)
+            fill(descriptor, 0, data[:end], direct=direct)
+            if header is None:
                 header = self._decoded(key, data[: header_region_nbytes(data)], status)
-                segments = split_segments(
-                    header, 0, len(header.segments), data[header.header_nbytes :]
-                )
-                arrived(header, 0, segments)
-                return header, segments
-            header = self._read_header(key, descriptor)
-            # As much memory as above, header included: either finds what the other has used.
-            start = header.header_nbytes
-            data = memory_for(descriptor, 0, header.nbytes, self._buffers)[start:]
-            segments = split_segments(header, 0, len(header.segments), data)
-            for first, last in _pieces(header):
-                begin, end = segment_range(header, first, last)
-                fill(descriptor, begin, data[begin - start : end - start])
-                arrived(header, first, segments[first:last])
-            return header, segments
+            count = len(header.segments)
+            segments = split_segments(header, 0, count, data[header.header_nbytes :])
+            first = 0
+            while True:
+                last = count if end == nbytes else _whole_before(end, header)
+                if first < last:
+                    arrived(header, first, segments[first:last])
+                if end == nbytes:
+                    return header, segments
+                first, start, end = last, end, min(nbytes, end + _PIECE_NBYTES)
+                fill(descriptor, start, data[start:end])
 
     def put(self, key: BlockKey, block: Block) -> None:
         check_key(key, block)
@@ -170,12 +169,12 @@ class DiskTier(Tier):
 
     def delete(self, key: BlockKey) -> bool:
         with self._outages(writing=True):
-            return _unlink(self._layout.path(key))
+            return _unlink(self._layout.name(key))
 
     def contains(self, key: BlockKey) -> bool:
         with self._outages():
             try:
-                self._layout.path(key).lstat()
+                os.lstat(self._layout.name(key))
             except FileNotFoundError:
                 return False
         return True
@@ -204,16 +203,16 @@ class DiskTier(Tier):
 
     def touch(self, key: BlockKey) -> None:
         """Set the file's modification time, at most once a minute."""
-        now_s, path = time.time(), self._layout.path(key)
+        now_s, name = time.time(), self._layout.name(key)
         with contextlib.suppress(OSError):
             # Below 0 the clock was set back, and what the file says must be corrected.
-            if not 0 <= now_s - path.lstat().st_mtime < _TOUCH_GRAIN_S:
-                _set_time(path, now_s)
+            if not 0 <= now_s - os.lstat(name).st_mtime < _TOUCH_GRAIN_S:
+                _set_time(name, now_s)
 
     def cached_share(self, header: BlockHeader) -> float | None:
         """See `Tier`: what of it the page cache holds."""
         try:
-            descriptor = _open(self._layout.path(header.key))
+            descriptor = _open(self._layout.name(header.key))
         except (OSError, BlockFormatError):
             return None
         if descriptor is None:
@@ -227,7 +226,7 @@ class DiskTier(Tier):
         """To the minute, see `touch`."""
         with self._outages():
             try:
-                return max(0.0, time.time() - self._layout.path(key).lstat().st_mtime)
+                return max(0.0, time.time() - os.lstat(self._layout.name(key)).st_mtime)
             except FileNotFoundError:
                 return None
 
@@ -259,7 +258,7 @@ class DiskTier(Tier):
     @contextlib.contextmanager
     def _opened(self, key: BlockKey) -> Iterator[int | None]:
         with self._outages():
-            descriptor = _open(self._layout.path(key))
+            descriptor = _open(self._layout.name(key))
             try:
                 yield descriptor
             finally:
@@ -313,11 +312,11 @@ class DiskTier(Tier):
         self._durable_folders.add(folder)
 
 
-def _open(path: Path) -> int | None:
+def _open(name: str) -> int | None:
     """A descriptor to read the file, or None if there is none."""
     try:
         # Not blocking: a pipe laid in a block's place must not hang us.
-        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     except OSError as exc:
@@ -334,24 +333,20 @@ def _status(descriptor: int) -> os.stat_result:
     return status
 
 
-def _pieces(header: BlockHeader) -> Iterator[tuple[int, int]]:
-    """Ranges of segments of about a piece's bytes each."""
-    first, start = 0, header.header_nbytes
-    for index, part in enumerate(header.segments):
-        if part.offset - start >= _PIECE_NBYTES:
-            yield first, index
-            first, start = index, part.offset
-    yield first, len(header.segments)
+def _whole_before(end: int, header: BlockHeader) -> int:
+    """How many segments lie in the first `end` bytes, which are not all of the block."""
+    # Each ends where the next one starts.
+    return bisect_right(header.segments, end, key=attrgetter("offset")) - 1
 
 
-def _set_time(path: Path | str, now_s: float) -> None:
+def _set_time(name: str, now_s: float) -> None:
     with contextlib.suppress(OSError):  # a read-only root serves all the same
-        os.utime(path, (now_s, now_s), follow_symlinks=False)
+        os.utime(name, (now_s, now_s), follow_symlinks=False)
 
 
-def _unlink(path: Path) -> bool:
+def _unlink(name: str) -> bool:
     try:
-        path.unlink()
+        os.unlink(name)
     except FileNotFoundError:
         return False
     return True

@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import os
 import secrets
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import InvalidKeyError
@@ -21,7 +22,6 @@ from .keys import BlockKey
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 __all__ = ["Layout", "open_temporary", "remove_if_abandoned"]
 
@@ -31,11 +31,15 @@ class Layout:
 
     def __init__(self, root: Path) -> None:
         self.blocks = root / "blocks"
+        self._blocks = str(self.blocks)
         self.quarantine = root / "quarantine"
 
+    def name(self, key: BlockKey) -> str:
+        """The path as text: a `Path` takes longer to make than its file to open."""
+        return f"{self._blocks}/{key.tag}/{key.digest[:2]}/{key.digest}.kv"
+
     def path(self, key: BlockKey) -> Path:
-        # One join: several cost a forecast more than opening the file.
-        return self.blocks / f"{key.tag}/{key.digest[:2]}/{key.digest}.kv"
+        return Path(self.name(key))
 
     def walk(self, tag: str | None = None) -> Iterator[tuple[BlockKey | None, os.DirEntry[str]]]:
         """Every regular file in a block folder: with its key, or None for any other file.
