@@ -75,7 +75,7 @@ class DiskTier(Tier):
         self._quarantine = Quarantine(self._layout.quarantine)
         self._headers = HeaderCache()
         self._read_before = SecondUse()
-        self._buffers = BufferPool(_KEPT_NBYTES)
+        self._buffers = BufferPool(_KEPT_NBYTES, huge=True)
         self._durable_folders: set[Path] = set()
         self._closed = False
         with self._outages():

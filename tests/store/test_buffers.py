@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import gc
+import mmap
+import re
 import threading
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from kvrag.store.buffers import BufferPool
@@ -97,3 +101,49 @@ def test_views_that_end_while_the_pool_is_busy():
     gc.collect()
     assert pool.kept_nbytes == 2**22
     assert not pool._lent
+
+
+def flags_at(place):
+    """The flags of the mapping that holds the address."""
+    inside, lines = False, Path("/proc/self/smaps").read_text().splitlines()
+    for line in lines:
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            inside = int(bounds[1], 16) <= place < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no huge pages")
+@pytest.mark.parametrize(
+    ("nbytes", "huge_nbytes"),
+    [
+        (2**21 - 2**17, 2**21),
+        (2**21, 2**21),
+        (2**21 + 1, 2**21),
+        (3 * 2**21 - 300_000, 3 * 2**21),
+        (3 * 2**21 + 2**20 - 4096, 3 * 2**21),
+    ],
+)
+def test_large_memory_is_asked_for_in_huge_pages(nbytes, huge_nbytes):
+    """And no more of it than an eighth too much."""
+    pool = BufferPool(2**26, huge=True)
+    view = pool.take(nbytes)
+    view[:] = bytes([7]) * nbytes
+    place = address(view)
+    assert len(view) == nbytes
+    assert place % 2**21 == 0
+    assert "hg" in flags_at(place)
+    assert "hg" in flags_at(place + huge_nbytes - 1)
+    assert "hg" not in flags_at(place + huge_nbytes)
+    del view
+    assert pool.kept_nbytes == max(nbytes, huge_nbytes) <= nbytes * 8 / 7
+    assert address(pool.take(nbytes - 4096)) == place
+
+
+@pytest.mark.parametrize("huge", [False, True])
+def test_memory_that_is_not_to_be_had(huge):
+    for nbytes in (2**46, 2**62):
+        with pytest.raises(MemoryError):
+            BufferPool(0, huge=huge).take(nbytes)
