@@ -1,8 +1,9 @@
 """The disk tier against what the device delivers to plain calls.
 
 Reading: `pread` with `O_DIRECT` over one file that holds as many bytes, a block's at a time, one
-after the other and four at a time; fio does the same where it is installed. Ours is a store just
-opened, as after a restart, whose files' pages were dropped from the page cache (and are looked at
+after the other and four at a time; fio does the same where it is installed. Into memory as it is
+given to everybody, which is the baseline, and into huge pages, which is what our tier reads into
+and so the bound of it. Ours is a store just opened, as after a restart, whose files' pages were dropped from the page cache (and are looked at
 whether they were): opened, read, verified, one block after the other and four at a time.
 
 Writing: one file's bytes by plain calls, with `fsync` and without, as `dd conv=fsync` does.
@@ -83,6 +84,8 @@ def disk_section(options: StoreOptions) -> Section:
             "get": partial(get_from_disk, folder / "read", blocks, 1),
             "direct_4": partial(_direct, whole, options, IN_FLIGHT),
             "get_4": partial(get_from_disk, folder / "read", blocks, IN_FLIGHT),
+            "direct_huge": partial(_direct, whole, options, 1, huge=True),
+            "direct_huge_4": partial(_direct, whole, options, IN_FLIGHT, huge=True),
             "get_cached": partial(get_from_disk, folder / "read", blocks, 1, cold=False),
             "read_cached": partial(read_verified, whole, options),
             **fio.contestants,
@@ -121,6 +124,8 @@ def _section(taken: dict[str, list[float]], options: StoreOptions, no_fio: str |
     of = {
         "of_direct": ratio(taken["direct"], taken["get"]),
         "of_direct_4": ratio(taken["direct_4"], taken["get_4"]),
+        "of_direct_huge": ratio(taken["direct_huge"], taken["get"]),
+        "of_direct_huge_4": ratio(taken["direct_huge_4"], taken["get_4"]),
         "in_flight_of_direct": ratio(taken["direct"], taken["get_4"]),
         "cached_of_read": ratio(taken["read_cached"], taken["get_cached"]),
         "put_of_write": ratio(taken["write"], taken["put"]),
@@ -130,6 +135,8 @@ def _section(taken: dict[str, list[float]], options: StoreOptions, no_fio: str |
         "get": f"{of['of_direct']:.0%} of one direct read at a time",
         "get_4": f"{of['of_direct_4']:.0%} of {IN_FLIGHT} direct reads at a time, "
         f"{of['in_flight_of_direct']:.0%} of one",
+        "direct_huge": f"a get is {of['of_direct_huge']:.0%} of it",
+        "direct_huge_4": f"{IN_FLIGHT} gets are {of['of_direct_huge_4']:.0%} of it",
         "get_cached": f"{of['cached_of_read']:.0%} of a plain read and xxh3",
         "put": f"{of['put_of_write']:.0%} of plain writes",
         "put_fsync": f"{of['put_fsync_of_write']:.0%} of plain writes, fsync",
@@ -150,6 +157,8 @@ def _section(taken: dict[str, list[float]], options: StoreOptions, no_fio: str |
 _NAMES = {
     "direct": "direct reads",
     "direct_4": f"direct reads, {IN_FLIGHT} at a time",
+    "direct_huge": "direct reads, huge pages",
+    "direct_huge_4": f"direct reads, huge pages, {IN_FLIGHT} at a time",
     "fio": "fio, direct reads",
     "fio_4": f"fio, direct reads, {IN_FLIGHT} at a time",
     "get": "get, cold, verified",
@@ -176,9 +185,9 @@ def _check_direct(path: Path) -> None:
         raise Skipped(f"{path.parent}: its file system has no direct I/O") from exc
 
 
-def _direct(path: Path, options: StoreOptions, width: int) -> float:
+def _direct(path: Path, options: StoreOptions, width: int, *, huge: bool = False) -> float:
     """Seconds to read the file, a block's bytes a call, `width` calls at a time."""
-    buffers = _touched(options)
+    buffers = _touched(options, huge=huge)
     with _descriptor(path, os.O_RDONLY | os.O_DIRECT) as descriptor:
 
         def read(number: int) -> None:
@@ -214,9 +223,9 @@ def get_from_disk(folder: Path, blocks: Sequence[Block], width: int, *, cold: bo
     return seconds
 
 
-def _touched(options: StoreOptions) -> list[memoryview]:
+def _touched(options: StoreOptions, *, huge: bool = False) -> list[memoryview]:
     """Memory for every block, which the system gives only when it is touched."""
-    buffers = [aligned_buffer(options.nbytes) for _ in range(options.blocks)]
+    buffers = [aligned_buffer(options.nbytes, huge=huge) for _ in range(options.blocks)]
     for buffer in buffers:
         buffer[:] = bytes(options.nbytes)
     return buffers
