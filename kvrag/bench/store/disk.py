@@ -1,10 +1,11 @@
 """The disk tier against what the device delivers to plain calls.
 
 Reading: `pread` with `O_DIRECT` over one file that holds as many bytes, a block's at a time, one
-after the other and four at a time; fio does the same where it is installed. Into memory as it is
-given to everybody, which is the baseline, and into huge pages, which is what our tier reads into
-and so the bound of it. Ours is a store just opened, as after a restart, whose files' pages were dropped from the page cache (and are looked at
-whether they were): opened, read, verified, one block after the other and four at a time.
+after the other and four at a time; fio does the same where it is installed. Into memory as
+everybody gets it, which is the baseline, and into huge pages, which our tier reads into and which
+so are its bound. Ours is a store just opened, as after a restart, whose files' pages were dropped
+from the page cache (and are looked at whether they were): opened, read, verified, one block after
+the other and four at a time.
 
 Writing: one file's bytes by plain calls, with `fsync` and without, as `dd conv=fsync` does.
 """
