@@ -71,7 +71,8 @@ class RedisLink:
         An answer that is an error stands in its place as an exception, see `refused`. `atomic`: no
         other client's command comes between, and all are done or none; then any error is raised.
 
-        Raises `TierError`, or `TierFullError` where Redis takes no writes at present.
+        Raises `TierError`, or `TierFullError` where Redis takes no writes at present, and
+        `MemoryError` where there is no memory for an answer.
         """
         with self._outages(), self._connection():
             pipeline = self._opened().pipeline(transaction=atomic)
@@ -161,7 +162,7 @@ class RedisLink:
             self._check_open()
         try:
             yield
-        except TierError:
+        except (TierError, MemoryError):  # none for an answer is no fault of Redis
             raise
         except Exception as exc:  # what garbage does to a parser is not always a RedisError
             text = _text_of(exc)

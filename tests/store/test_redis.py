@@ -185,6 +185,24 @@ def test_a_connection_that_ends_within_a_layer_is_an_outage(server, tier):
         assert found == list(make_block(1, segment_nbytes=200_000).segments)
 
 
+def test_no_memory_for_a_layer_is_no_outage(server, monkeypatch):
+    """It was told that the server seems to be no Redis, and the tier was bypassed."""
+    block = make_block(1, segment_nbytes=200_000)
+
+    def none(nbytes):
+        raise MemoryError(f"no {nbytes} bytes")
+
+    with make_tier(server.url) as tier:
+        tier.put(make_key(1), block)
+        with monkeypatch.context() as patched:
+            patched.setattr(tier._buffers, "take", none)
+            with pytest.raises(MemoryError):
+                tier.segments(make_key(1), 0, 2)
+        # Nothing of the answer that was not received is taken for the next one.
+        assert tier.segments(make_key(1), 0, 2) == list(block.segments)
+        assert tier.delete(make_key(1))
+
+
 def test_a_strangers_key_may_be_of_any_size(tier, client):
     tier.put(make_key(1), make_block(1))
     client.set("kvrag:" + "x" * 100_000, "value")
