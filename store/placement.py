@@ -5,12 +5,13 @@ Moves blocks between slots. Knows nothing of readers and requests.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .errors import BlockFormatError, TierError
+from .errors import BlockFormatError, TierError, TierFullError
 from .keys import packed, unpacked
 from .ledger import Standing
 from .locks import KeyLocks
@@ -186,9 +187,11 @@ class Placement:
             for header, there in zip(headers, held, strict=True):
                 receipt = None
                 if there:
-                    nbytes, cost = slot.tier.footprint(header), recompute_cost(header)
-                    receipt = slot.ledger.adopt(header.key, nbytes, cost=cost)
-                    self._guard(header.key)
+                    # It may be one that could not be put here: then there is no room for it.
+                    with contextlib.suppress(TierFullError):
+                        nbytes, cost = slot.tier.footprint(header), recompute_cost(header)
+                        receipt = slot.ledger.adopt(header.key, nbytes, cost=cost)
+                        self._guard(header.key)
                 receipts.append(receipt)
             return receipts
 

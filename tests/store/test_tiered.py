@@ -8,7 +8,7 @@ import time
 import pytest
 
 from kvrag.store.disk import DiskTier
-from kvrag.store.errors import DamagedBlockError, StoreError, TierError
+from kvrag.store.errors import DamagedBlockError, StoreError, TierError, TierFullError
 from kvrag.store.health import Health
 from kvrag.store.ram import RamTier, _Held
 from kvrag.store.tiered import Expected, TieredStore, TierSlot, at_once
@@ -1168,3 +1168,19 @@ def test_a_tier_that_fails_while_it_shrinks_keeps_its_books(slow, clock):
         store.shrink()
         told = of(store, "slow")
         assert (told.blocks, told.healthy) == (3, False)
+
+
+def test_a_found_block_that_could_not_be_put_there_is_read_all_the_same(ram):
+    """Its footprint is a bound: a sealed block at the edge of it made opening raise."""
+
+    class Tight(SlowTier):
+        def footprint(self, header):
+            raise TierFullError(self.name, "the block cannot be sealed")
+
+    tight = Tight()
+    with TieredStore([TierSlot(ram), TierSlot(tight)], aside=at_once) as store:
+        block = make_block(1)
+        tight.put(make_key(1), block)  # as another process does
+        with open_block(store, 1) as reader:
+            assert reader.tier == tight.name
+            assert reader.read(0, 2) == list(block.segments)
