@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +64,9 @@ class HybridSearch:
     def __init__(self, catalog: Catalog, namespace: str, dense: Dense) -> None:
         self._catalog, self._namespace, self._dense = catalog, namespace, dense
         self._lexical = LexicalIndex(catalog, namespace)
+        # One thread: what it asks of the catalog would wait for the catalog's lock anyway. It ends
+        # with this object.
+        self._words = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvrag-words")
         self._lock = threading.Lock()
         self._filters: OrderedDict[tuple[int, str], npt.NDArray[np.int64]] = OrderedDict()
 
@@ -84,13 +88,14 @@ class HybridSearch:
         if allowed is not None and not allowed.size:
             return []
         depth = k if mode != "hybrid" and mmr == 1 else max(_DEPTH, 4 * k)
+        by_words: Future[list[tuple[int, float]]] | None = None
+        if mode != "dense":  # words are looked up while the question is embedded
+            by_words = self._words.submit(self._lexical.search, question, depth, allowed=allowed)
         vector = self._embedded(question) if mode != "lexical" or mmr < 1 else None
         dense: list[tuple[int, float]] = []
-        lexical: list[tuple[int, float]] = []
         if vector is not None and mode != "lexical":
             dense = self._index().search(vector, depth, allowed=allowed)
-        if mode != "dense":
-            lexical = self._lexical.search(question, depth, allowed=allowed)
+        lexical = [] if by_words is None else by_words.result()
         ranked = _ranked(mode, dense, lexical)
         if mmr < 1 and ranked:
             ranked = self._thinned(ranked, k, mmr)
