@@ -21,6 +21,7 @@ from pydantic_settings import (
 )
 
 from kvrag.errors import SettingsError
+from kvrag.retrieval.vectors.kinds import IndexChoice
 from kvrag.searching import SearchMode
 from kvrag.store.encryption_key import key_from_text
 from kvrag.store.limits import LONGEST_TTL_S
@@ -138,6 +139,11 @@ class Settings(BaseSettings):
         256, ge=32, le=2048, description="Most tokens of a chunk made from a document."
     )
     k: int = Field(4, ge=1, description="Chunks retrieved for a question.")
+    index: IndexChoice = Field(
+        "auto",
+        description="How vectors are searched: exactly (flat), along a graph (hnsw), or compressed "
+        "(ivfpq); auto goes by their number.",
+    )
     search: SearchMode = Field(
         "hybrid", description="How chunks are found: by meaning, by words, or by both."
     )

@@ -31,7 +31,7 @@ from kvrag.retrieval.documents import Document
 from kvrag.retrieval.embedder import Embedder, open_embedder
 from kvrag.retrieval.errors import CatalogError
 from kvrag.retrieval.hybrid import Found, HybridSearch
-from kvrag.retrieval.index import VectorIndex
+from kvrag.retrieval.index import IndexRule, VectorIndex
 from kvrag.searching import Search
 
 __all__ = ["Added", "ChunkedDocument", "Corpus"]
@@ -77,12 +77,13 @@ class Corpus:
         namespace: str,
         embedder: str | Embedder,
         chunk_tokens: int,
+        index: IndexRule,
         replace: Callable[[Callable[[], DeletedDocument | None]], bool],
     ) -> None:
         """embedder: one, or the name of one. replace: runs what may replace a document."""
         self._catalog, self._index_dir, self._tokenizer = catalog, index_dir, tokenizer
         self._namespace, self._chosen_embedder = namespace, embedder
-        self._chunk_tokens, self._replace = chunk_tokens, replace
+        self._chunk_tokens, self._index_rule, self._replace = chunk_tokens, index, replace
         self._made_with = MadeWith(catalog, namespace)
         self._lock = threading.RLock()
         self._opened: tuple[Embedder, VectorIndex] | None = None
@@ -236,10 +237,20 @@ class Corpus:
         return self._catalog.documents(self._namespace, limit, offset)
 
     def save(self) -> None:
-        """Write the vector index, if it was opened; it can always be rebuilt."""
+        """Bring the vector index up to date, if it was opened, and write it if much has changed."""
         with self._lock:
             if self._opened is not None:
                 self._opened[1].save()
+
+    def close(self) -> None:
+        """Write what the vector index's file lacks; a catalog that fails costs that alone."""
+        with self._lock:
+            opened, self._opened = self._opened, None
+        if opened is not None and len(opened[1]):
+            try:
+                opened[1].save(now=True)
+            except CatalogError as exc:
+                _log.warning("the vector index was not saved: %s", exc)
 
     def _has_content(self, stored: StoredDocument, document: Document) -> bool:
         """Whether title and text are the same. An id made of them says so, unless it was given."""
@@ -282,6 +293,7 @@ class Corpus:
                     self._namespace,
                     embedder.fingerprint,
                     embedder.dim,
+                    self._index_rule,
                 )
                 if len(index) and not index.is_saved:
                     # Else every process to come makes it anew, and what was deleted without an

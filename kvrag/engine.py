@@ -68,6 +68,7 @@ from kvrag.references import References
 from kvrag.retrieval.catalog import Catalog, Counts, StoredDocument
 from kvrag.retrieval.documents import Document
 from kvrag.retrieval.embedder import Embedder
+from kvrag.retrieval.index import IndexRule
 from kvrag.retrieval.loaders import ReadWhole, Skipped
 from kvrag.retriever import RetrievedChunk
 from kvrag.searching import Search, SearchMode
@@ -627,6 +628,7 @@ class Engine:
             namespace=settings.namespace,
             embedder=self.embedder,
             chunk_tokens=settings.chunk_tokens,
+            index=IndexRule(settings.index),
             replace=self._references.replace_document,
         )
         return OpenedCorpus(settings, corpus, self._fixed, self.store, self._blocks)

@@ -51,10 +51,11 @@ class OpenedCorpus:
             return self._opened
 
     def close(self) -> None:
-        """Release what retrieved chunks hold. A second call does nothing."""
+        """Release what retrieved chunks hold, and save. A second call does nothing."""
         with self._lock:
             if self._opened is not None:
                 self._opened[2].close()
+        self._corpus.close()
 
     def _behind(self, made_with: str | None, opened: Opened | None) -> Opened:
         """`opened`, if its blocks are those of a corpus that was made with this instruction."""

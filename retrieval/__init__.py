@@ -25,7 +25,7 @@ from .errors import (
     RetrievalError,
 )
 from .hybrid import Found, HybridSearch, Match
-from .index import VectorIndex
+from .index import IndexRule, VectorIndex
 from .lexical import LexicalIndex
 from .loaders import ReadWhole, Skipped, documents_from, load, read
 from .where import Where
@@ -44,6 +44,7 @@ __all__ = [
     "FilterError",
     "Found",
     "HybridSearch",
+    "IndexRule",
     "LexicalIndex",
     "Match",
     "MissingExtraError",

@@ -84,6 +84,20 @@ class CatalogFile:
         with self._lock, translated(self._path):
             yield self._db
 
+    @contextmanager
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
+        """The connection for several statements that see one state; for this room alone."""
+        with self._lock, translated(self._path):
+            inside = self._db.in_transaction  # of this thread, which has the lock
+            if inside:
+                yield self._db
+                return
+            self._db.execute("BEGIN")
+            try:
+                yield self._db
+            finally:
+                self._db.rollback()
+
     def _rows(self, sql: str, values: tuple[object, ...]) -> list[Any]:
         with self._lock, translated(self._path):
             return self._db.execute(sql, values).fetchall()

@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from ._lexical_table import SCHEMA as _LEXICAL_TABLES
+from ._vector_changes import SCHEMA as _VECTOR_CHANGES
 from .errors import CatalogError
 
 _APPLICATION_ID = 0x6B767267  # "kvrg"
@@ -107,6 +108,7 @@ _STEPS = (
     _LEXICAL_TABLES,
     _DOCUMENT_TEXTS,
     _ORIGINS,
+    _VECTOR_CHANGES,
 )
 SCHEMA_VERSION = len(_STEPS)
 

@@ -22,6 +22,7 @@ from ._catalog_file import BATCH_ROWS, check_name
 from ._lexical_table import begin_table, fill, forget, table_of
 from ._origins import Origins
 from ._sqlite import translated, write_backup
+from ._vector_changes import LARGEST_STEP, VectorChanges, changed_ranges, is_known, record
 from .documents import Document
 from .errors import CatalogError
 from .records import ChunkInput, Counts, DeletedDocument, StoredChunk, StoredDocument
@@ -38,7 +39,6 @@ __all__ = [
 
 _TOKEN_DTYPE = np.dtype("<u4")
 _VECTOR_DTYPE = np.dtype("<f4")
-_LARGEST_STEP = 1 << 20
 
 
 class Catalog(BlockRefs, Origins):
@@ -92,6 +92,7 @@ class Catalog(BlockRefs, Origins):
                 )
             self._check_dim(namespace, embedder, matrix.shape[1])
             words = self._lexical_table(namespace)
+            chunk_ids: list[int] = []
             for ordinal, chunk in enumerate(chunks):
                 chunk_id = db.execute(
                     "INSERT INTO chunks (namespace, document_id, ordinal, title, text) "
@@ -108,9 +109,10 @@ class Catalog(BlockRefs, Origins):
                     "VALUES (?, ?, ?, ?)",
                     (namespace, embedder, chunk_id, matrix[ordinal].tobytes()),
                 )
-                if words is not None and chunk_id is not None:
-                    fill(db, words, namespace, [(chunk_id, chunk.title, chunk.text)])
-            self._bump_generation(namespace)
+                chunk_ids.append(int(chunk_id or 0))
+                if words is not None:
+                    fill(db, words, namespace, [(chunk_ids[-1], chunk.title, chunk.text)])
+            self._bump_generation(namespace, chunk_ids)
         return True
 
     def delete_document(self, namespace: str, document_id: str) -> DeletedDocument | None:
@@ -141,7 +143,7 @@ class Catalog(BlockRefs, Origins):
             forget(db, namespace, chunk_ids)
             db.executemany("INSERT INTO owed_deletions VALUES (?) ON CONFLICT DO NOTHING", orphans)
             self._log_has_deleted = True
-            self._bump_generation(namespace)
+            self._bump_generation(namespace, chunk_ids)
         return DeletedDocument(tuple(chunk_ids), tuple(key for (key,) in orphans))
 
     def replace_document(
@@ -289,23 +291,24 @@ class Catalog(BlockRefs, Origins):
         matrix = _checked_vectors(vectors, len(chunk_ids))
         num_stored = 0
         with self.writing() as db:
-            namespaces = set()
+            changed: dict[str, list[int]] = {}
             for chunk_id, vector in zip(chunk_ids, matrix, strict=True):
                 row = db.execute(
                     "SELECT namespace FROM chunks WHERE id = ?", (int(chunk_id),)
                 ).fetchone()
                 if row is None:
                     continue
-                if row[0] not in namespaces:
+                if row[0] not in changed:
                     self._check_dim(row[0], embedder, matrix.shape[1])
-                    namespaces.add(row[0])
-                num_stored += db.execute(
+                stored = db.execute(
                     "INSERT INTO vectors (namespace, embedder, chunk_id, vector) "
                     "VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
                     (row[0], embedder, int(chunk_id), vector.tobytes()),
                 ).rowcount
-            for namespace in namespaces:
-                self._bump_generation(namespace)
+                changed.setdefault(row[0], []).extend([int(chunk_id)] * stored)
+                num_stored += stored
+            for namespace, ids in changed.items():
+                self._bump_generation(namespace, ids)
         return num_stored
 
     def vectors(
@@ -348,6 +351,42 @@ class Catalog(BlockRefs, Origins):
             after = rows[-1][0]
             matrix = np.frombuffer(b"".join(row[1] for row in rows), dtype=_VECTOR_DTYPE)
             yield np.array([row[0] for row in rows], dtype=np.int64), matrix.reshape(len(rows), -1)
+
+    def vector_changes(
+        self, namespace: str, embedder: str, after: tuple[int, int], *, limit: int = 32
+    ) -> VectorChanges:
+        """What came and went behind `after`: the vectors of one state of the catalog.
+
+        after: `cursor` of the changes before these, or (a generation that `remembers` knows, or
+            the one that was read before the vectors were, and the largest integer).
+        limit: of ranges of chunks, each of at most 1,024.
+        """
+        with self.snapshot() as db:
+            rows = changed_ranges(db, namespace, after, limit)
+            ids, blobs = [], []
+            for _, first, last in rows:
+                for chunk_id, blob in db.execute(
+                    "SELECT chunk_id, vector FROM vectors "
+                    "WHERE namespace = ? AND embedder = ? AND chunk_id BETWEEN ? AND ?",
+                    (namespace, embedder, first, last),
+                ):
+                    ids.append(chunk_id)
+                    blobs.append(blob)
+            generation = self.generation(namespace)
+        matrix = np.frombuffer(b"".join(blobs), dtype=_VECTOR_DTYPE)
+        return VectorChanges(
+            generation=generation,
+            ranges=[(first, last) for _, first, last in rows],
+            ids=np.array(ids, dtype=np.int64),
+            vectors=matrix.reshape(len(ids), -1) if ids else matrix.reshape(0, 0),
+            cursor=rows[-1][:2] if rows else after,
+            is_last=len(rows) < limit,
+        )
+
+    def remembers(self, namespace: str, generation: int) -> bool:
+        """Whether `vector_changes` can tell all that has changed since that generation."""
+        with self.reading() as db:
+            return is_known(db, namespace, generation)
 
     def chunks_without_vector(self, namespace: str, embedder: str) -> Iterator[int]:
         """Yield the ids of chunks that have no vector of `embedder`, ascending."""
@@ -447,13 +486,15 @@ class Catalog(BlockRefs, Origins):
 
     # ---- helpers ------------------------------------------------------------------------------
 
-    def _bump_generation(self, namespace: str) -> None:
-        step = random.randint(1, _LARGEST_STEP)
+    def _bump_generation(self, namespace: str, chunk_ids: Sequence[int]) -> None:
+        """Count a change, which was one of these chunks' vectors. In its transaction."""
+        step = random.randint(1, LARGEST_STEP)
         self._db.execute(
             "INSERT INTO namespaces (namespace, generation) VALUES (?, ?) "
             "ON CONFLICT (namespace) DO UPDATE SET generation = generation + excluded.generation",
             (namespace, step),
         )
+        record(self._db, namespace, self.generation(namespace), chunk_ids)
 
     def _lexical_table(self, namespace: str) -> str | None:
         """The full-text table that new chunks go into; None while older ones are to be caught up.

@@ -1,118 +1,125 @@
 """The vector index: a FAISS cache of the vectors that the catalog holds for one embedder.
 
 It can always be made again, so nothing wrong with its file is an error: a file that is absent,
-damaged, of another catalog or behind is rebuilt, and that is logged.
+damaged, of another catalog or of a lost future is rebuilt, and that is logged. A file that is
+merely behind is caught up with: the catalog tells what has changed since.
 """
 
 from __future__ import annotations
 
 import logging
+import random
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from ._index_file import IndexIdentity, read_index, write_index
 from .catalog import Catalog
 from .errors import needs_extra
+from .vectors.base import IndexKind, Matrix, Structure
+from .vectors.file import IndexFile, IndexIdentity
+from .vectors.flat import Flat
+from .vectors.kinds import IndexRule, build
+from .vectors.rows import ChunkRows, Ids
+from .vectors.sharing import SharedLock
 
-__all__ = ["VectorIndex"]
+__all__ = ["IndexRule", "VectorIndex"]
 
 _log = logging.getLogger(__name__)
-_FETCH_ROWS = 512
-_TIE_SLACK = 16
-_TIE = 1e-6  # scores of unit vectors nearer than this may differ by FAISS's summation order alone
+_BUILD_ROWS = 4096
+_LAST = sys.maxsize  # behind every chunk
 
 
 class VectorIndex:
-    """Exact search by inner product (cosine, for unit vectors) over one namespace and embedder.
+    """Search by inner product (cosine, for unit vectors) over one namespace and embedder.
 
-    State per vector: 4 * dim bytes, 8 for the id, and about 44 for FAISS's id-to-row map;
-    1,588 bytes at dim 384. The file holds 4 * dim + 8 a vector.
+    Exact while it is `flat`; otherwise nearly: docs/retrieval.md has the figures. Scores are exact.
 
-    Thread-safe. Opening and `refresh()` read the catalog; `add`, `remove` and `search` do not.
+    Thread-safe: searches run side by side, and wait for `refresh()` while it takes changes over.
+    Searches of an `ivfpq` index read the catalog, which holds the exact vectors.
     """
 
     def __init__(
-        self, path: Path, catalog: Catalog, namespace: str, embedder: str, dim: int
+        self,
+        path: Path,
+        catalog: Catalog,
+        namespace: str,
+        embedder: str,
+        dim: int,
+        rule: IndexRule,
     ) -> None:
         """Use `VectorIndex.open`."""
         with needs_extra("faiss", "the vector index"):
             import faiss
         self._faiss = faiss
-        self._path = path
         self._catalog = catalog
         self._namespace = namespace
         self._embedder = embedder
         self._dim = dim
-        self._lock = threading.RLock()
+        self._rule = rule
+        identity = IndexIdentity(catalog.identity, namespace, embedder, dim)
+        self._file = IndexFile(faiss, path, identity, _log)
+        self._lock = SharedLock()
+        self._saving = threading.RLock()  # one thread at a time makes or writes an index
         self._generation = 0
         self._saved: int | None = None  # the generation in the file
-        self._index = self._empty()
+        self._unsaved = 0  # vectors that came or went since
+        self._structure: Structure = Flat.empty(faiss, dim)
+        self._rows = ChunkRows.of(np.empty(0, dtype=np.int64))
 
     @classmethod
     def open(
-        cls, path: Path | str, catalog: Catalog, namespace: str, embedder_fingerprint: str, dim: int
+        cls,
+        path: Path | str,
+        catalog: Catalog,
+        namespace: str,
+        embedder_fingerprint: str,
+        dim: int,
+        rule: IndexRule | None = None,
     ) -> Self:
-        """Load the file at `path` if it is this catalog's and up to date, else rebuild.
+        """Load the file at `path` if it is of this catalog's past, and catch up; else rebuild.
 
-        A rebuilt index is in memory only, until `save()`; `is_saved` tells. Raises CatalogError if
+        It is made anew, too, where `rule` asks for another kind or too much of it was deleted.
+        What is new is in memory only, until `save()`; `is_saved` tells. Raises CatalogError if
         the catalog cannot be read, MissingExtraError without FAISS, ValueError if the stored
         vectors have another dim.
         """
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
-        index = cls(Path(path), catalog, namespace, embedder_fingerprint, dim)
-        generation = catalog.generation(namespace)
-        loaded = read_index(index._faiss, index._path, index._identity(generation), _log)
-        if loaded is None:
+        index = cls(Path(path), catalog, namespace, embedder_fingerprint, dim, rule or IndexRule())
+        saved = index._file.read()
+        if saved is not None and not catalog.remembers(namespace, saved.generation):
+            _log.info("the index %s is of another state of the catalog; rebuilding it", path)
+            saved = None
+        if saved is not None:
+            index._structure, index._rows = saved.structure, saved.rows
+            index._generation = index._saved = saved.generation
+            index.refresh()
+        if saved is None or index._is_due():
             index._rebuild()
-        else:
-            index._index = loaded
-            index._generation = index._saved = generation
         return index
 
     @property
     def is_saved(self) -> bool:
         """Whether the file was, when it was last read or written, what the index is."""
-        with self._lock:
-            return self._saved == self._generation
+        return self._saved == self._generation
 
-    def __len__(self) -> int:
-        with self._lock:
-            return int(self._index.ntotal)
+    @property
+    def kind(self) -> IndexKind:
+        """How the vectors are held now."""
+        return self._structure.kind
 
     @property
     def dim(self) -> int:
         """Components of a vector."""
         return self._dim
 
-    def add(self, ids: Sequence[int], vectors: npt.NDArray[np.float32]) -> None:
-        """Add vectors `(len(ids), dim)` float32; an id that is there already keeps its vector."""
-        id_array = np.asarray(ids, dtype=np.int64)
-        matrix = np.ascontiguousarray(vectors, dtype=np.float32)
-        if id_array.ndim != 1 or matrix.shape != (len(id_array), self._dim):
-            raise ValueError(
-                f"vectors must have the shape ({id_array.size}, {self._dim}), got {matrix.shape}"
-            )
-        if id_array.size and id_array.min() < 0:
-            raise ValueError("chunk ids are not negative")
-        if not np.isfinite(matrix).all():
-            raise ValueError("vectors must be finite")
-        _, first = np.unique(id_array, return_index=True)
-        with self._lock:
-            fresh = first[~np.isin(id_array[first], self._ids())]
-            if fresh.size:
-                self._index.add_with_ids(matrix[fresh], id_array[fresh])
-
-    def remove(self, ids: Sequence[int]) -> int:
-        """Remove ids, absent ones included; returns how many were there."""
-        id_array = np.asarray(ids, dtype=np.int64)
-        with self._lock:
-            return int(self._index.remove_ids(id_array)) if id_array.size else 0
+    def __len__(self) -> int:
+        return self._rows.num_live
 
     def search(
         self,
@@ -125,7 +132,8 @@ class VectorIndex:
 
         All of them if there are fewer than `k`. `allowed`: `(n,)` int64, the only chunk ids to be
         looked at; ids that are not in the index do no harm. Equal scores come in order of chunk id,
-        and the result does not depend on the order in which vectors were added.
+        and while the index is flat the result does not depend on the order in which vectors were
+        added.
         """
         query = np.ascontiguousarray(vector, dtype=np.float32)
         if query.shape != (self._dim,):
@@ -134,105 +142,155 @@ class VectorIndex:
             raise ValueError("the vector must be finite")
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        with self._lock:
-            ids, rows = self._candidates(query, k, allowed)
+        with self._lock.shared():
+            rows = self._rows
+            among = None if allowed is None else rows.find(np.asarray(allowed, dtype=np.int64))
+            if not rows.num_live or (among is not None and not among.size):
+                return []
+            found = self._structure.nearest(query[None, :], k, rows.live, among)
+            ids = rows.ids(found)
+            matrix = self._structure.vectors(found)
+        if matrix is None:
+            ids, matrix = self._stored(ids)
         # Scored anew: FAISS sums by blocks of rows, so equal vectors may differ in the last bit.
-        scores = (rows.astype(np.float64) * query).sum(axis=1)
+        scores = (matrix.astype(np.float64) * query).sum(axis=1)
         order = np.lexsort((ids, -scores))[:k]
         return [(int(ids[place]), float(scores[place])) for place in order]
 
     def refresh(self) -> bool:
         """Take over what this or another process changed in the catalog; True if anything was.
 
-        Costs one row read when nothing changed, else a scan of ids and the vectors that are new.
+        The index is then one state of the catalog. Costs one row read when nothing changed, else
+        as much as changed.
         """
-        with self._lock:
-            generation = self._catalog.generation(self._namespace)
-            if generation == self._generation:
-                return False
-            # The generation is read before the ids: a change in between is found next time.
-            wanted = self._catalog.vector_ids(self._namespace, self._embedder)
-            present = self._ids()
-            gone = np.setdiff1d(present, wanted)
-            missing = np.setdiff1d(wanted, present)
-            self.remove(gone.tolist())
-            for first in range(0, len(missing), _FETCH_ROWS):
-                batch = missing[first : first + _FETCH_ROWS].tolist()
-                found = self._catalog.vectors(batch, self._embedder)
-                kept = [(i, row) for i, row in zip(batch, found, strict=True) if row is not None]
-                if kept:
-                    self._append(
-                        np.array([i for i, _ in kept], dtype=np.int64),
-                        np.stack([row for _, row in kept]),
-                    )
-            self._generation = generation
-            return bool(gone.size or missing.size)
+        if self._catalog.generation(self._namespace) == self._generation:
+            return False
+        with self._lock.alone():
+            if self._catalog.remembers(self._namespace, self._generation):
+                return self._caught_up()
+        _log.info("more has changed than the catalog remembers; rebuilding the index")
+        with self._saving:
+            self._rebuild()
+        return True
 
-    def save(self) -> bool:
-        """Write the index beside its sidecar, each atomically; False, and a warning, if it fails.
+    def save(self, *, now: bool = False) -> bool:
+        """Write the index if enough has changed, or anything with `now`; False if that failed.
 
-        A failure costs a rebuild at the next open and nothing else.
+        Without `now` it is also made anew where that is due, while searches go on. A failure is
+        logged, and costs a rebuild or catching up at the next open and nothing else.
         """
-        with self._lock:
+        with self._saving:
             self.refresh()
-            identity = self._identity(self._generation)
-            written = write_index(self._faiss, self._index, self._path, identity, _log)
-            self._saved = self._generation if written else None
-            return written
+            if not now and self._is_due():
+                self._rebuild()
+            may_wait = self._saved is not None and not now
+            if self.is_saved or (may_wait and not self._is_behind()):
+                return True
+            with self._lock.shared():  # searches go on, and changes wait
+                # Perhaps another process has written it. A file that was no good is replaced.
+                others = self._file.generation() if self._saved is not None else None
+                written = others == self._generation or self._file.write(
+                    self._structure, self._rows, self._generation
+                )
+                self._saved = self._generation if written else None
+                self._unsaved = 0
+                return written
 
-    def _candidates(
-        self, query: npt.NDArray[np.float32], k: int, allowed: npt.NDArray[np.int64] | None
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Ids and vectors that surely hold the best `k`, ties at the boundary included."""
-        size = len(self)
-        options: Any = None
-        if allowed is not None:
-            options = self._faiss.SearchParameters()
-            selector = self._faiss.IDSelectorBatch(
-                allowed
-            )  # lives as long as `options` points to it
-            options.sel = selector
-            size = min(size, len(allowed))
-        k = min(k, size)
-        if not k:
-            return np.empty(0, dtype=np.int64), np.empty((0, self._dim), dtype=np.float32)
-        fetch = min(size, k + _TIE_SLACK)
+    def _is_due(self) -> bool:
+        """Whether the index should be made anew."""
+        rows = self._rows
+        return (
+            self._rule.kind(rows.num_live, self._structure.kind) != self._structure.kind
+            or rows.num_dead > self._rule.dead_share * len(rows)
+            or self._structure.is_outgrown()
+        )
+
+    def _is_behind(self) -> bool:
+        """Whether so much has changed that the file should be written."""
+        return self._rule.is_due(self._unsaved, len(self))
+
+    def _caught_up(self) -> bool:
+        """Whether there was anything to take over. With the lock alone."""
+        changed = 0
+        cursor = (self._generation, _LAST)
         while True:
-            scores, ids = self._index.search(query[None, :], fetch, params=options)
-            if fetch == size or scores[0, k - 1] - scores[0, fetch - 1] > _TIE:
-                break
-            fetch = min(size, 2 * fetch)
-        chosen = ids[0][ids[0] >= 0]
-        return chosen, self._index.reconstruct_batch(chosen)
+            changes = self._catalog.vector_changes(self._namespace, self._embedder, cursor)
+            for first, last in changes.ranges:
+                rows = self._rows.between(first, last)
+                gone = rows[~np.isin(self._rows.ids(rows), changes.ids)]
+                if gone.size:
+                    self._structure.forget(gone, self._rows.kill(gone))
+                    changed += gone.size
+            fresh, first_at = np.unique(changes.ids, return_index=True)
+            new = ~np.isin(fresh, self._rows.ids(self._rows.find(fresh)))
+            if new.any():
+                self._append(fresh[new], changes.vectors[first_at[new]])
+                changed += int(new.sum())
+            cursor = changes.cursor
+            if changes.is_last:
+                self._generation = changes.generation
+                self._unsaved += changed
+                return changed > 0
+
+    def _append(self, ids: Ids, matrix: Matrix) -> None:
+        self._structure.append(self._checked(matrix))
+        self._rows.append(ids)
 
     def _rebuild(self) -> None:
-        with self._lock:
-            self._index = self._empty()
-            generation = self._catalog.generation(self._namespace)
-            for ids, matrix in self._catalog.iter_vectors(self._namespace, self._embedder):
-                self._append(ids, matrix)
-            self._generation = generation
+        """Make the index anew from the catalog; the old one answers meanwhile."""
+        source = _CatalogVectors(self._catalog, self._namespace, self._embedder, self._checked)
+        # Read before the vectors: what changes in between is caught up with.
+        generation = self._catalog.generation(self._namespace)
+        kind = self._rule.kind(source.count, self._structure.kind if self._rows.num_live else None)
+        structure = build(self._faiss, kind, self._dim, source)
+        with self._lock.alone():
+            self._structure, self._rows = structure, ChunkRows.of(source.ids())
+            self._generation, self._saved = generation, None
+            self._caught_up()
 
-    def _append(self, ids: npt.NDArray[np.int64], matrix: npt.NDArray[np.float32]) -> None:
-        """Add vectors of the catalog whose ids are known to be new."""
+    def _stored(self, ids: Ids) -> tuple[Ids, Matrix]:
+        """Those of the chunks that still have a vector, and it."""
+        vectors = self._catalog.vectors(ids.tolist(), self._embedder)
+        kept = [place for place, row in enumerate(vectors) if row is not None]
+        rows = [row for row in vectors if row is not None]
+        return ids[kept], np.stack(rows) if rows else np.empty((0, self._dim), dtype=np.float32)
+
+    def _checked(self, matrix: Matrix) -> Matrix:
         if matrix.shape[1] != self._dim:
             raise ValueError(
                 f"the stored vectors have {matrix.shape[1]} components, the embedder {self._dim}"
             )
-        self._index.add_with_ids(np.ascontiguousarray(matrix), ids)
+        return np.ascontiguousarray(matrix)
 
-    def _identity(self, generation: int) -> IndexIdentity:
-        return IndexIdentity(
-            catalog=self._catalog.identity,
-            namespace=self._namespace,
-            embedder=self._embedder,
-            dim=self._dim,
-            generation=generation,
-        )
 
-    def _empty(self) -> Any:
-        return self._faiss.IndexIDMap2(self._faiss.IndexFlatIP(self._dim))
+class _CatalogVectors:
+    """A `Source` over the catalog. `ids()`: of the vectors that `batches` gave, in order."""
 
-    def _ids(self) -> npt.NDArray[np.int64]:
-        ids: npt.NDArray[np.int64] = self._faiss.vector_to_array(self._index.id_map)
-        return ids
+    def __init__(
+        self,
+        catalog: Catalog,
+        namespace: str,
+        embedder: str,
+        checked: Callable[[Matrix], Matrix],
+    ) -> None:
+        self._catalog, self._namespace, self._embedder = catalog, namespace, embedder
+        self._checked = checked
+        self._wanted = catalog.vector_ids(namespace, embedder)
+        self.count = len(self._wanted)
+        self._given: list[Ids] = []
+
+    def sample(self, count: int) -> Matrix:
+        chosen = sorted(random.Random(0).sample(self._wanted.tolist(), min(count, self.count)))
+        rows = self._catalog.vectors(chosen, self._embedder)
+        return self._checked(np.stack([row for row in rows if row is not None]))
+
+    def batches(self) -> Iterator[Matrix]:
+        for ids, matrix in self._catalog.iter_vectors(
+            self._namespace, self._embedder, batch_rows=_BUILD_ROWS
+        ):
+            vectors = self._checked(matrix)
+            self._given.append(ids)
+            yield vectors
+
+    def ids(self) -> Ids:
+        return np.concatenate(self._given) if self._given else np.empty(0, dtype=np.int64)

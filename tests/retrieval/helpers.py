@@ -37,5 +37,18 @@ def add(catalog: Catalog, number: int, *, namespace: str = "default", chunks: in
     )
 
 
+def add_vectors(catalog: Catalog, name: str, vectors: np.ndarray) -> list[int]:
+    """Add one document of that id with a chunk for each vector; the chunks' ids."""
+    catalog.add_document(
+        "default",
+        Document(text=name, id=name),
+        [ChunkInput(name, "a part", [1]) for _ in vectors],
+        tokenizer=TOKENIZER,
+        vectors=vectors,
+        embedder=EMBEDDER,
+    )
+    return catalog.document_chunks("default", name)
+
+
 def open_catalog(folder: Path) -> Catalog:
     return Catalog.open(folder / "catalog.sqlite")

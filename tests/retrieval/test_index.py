@@ -6,14 +6,26 @@ import os
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import faiss
 import numpy as np
 import pytest
 
-from kvrag.retrieval import Catalog, VectorIndex
+from kvrag.retrieval import Catalog, ChunkInput, Document, IndexRule, VectorIndex, _vector_changes
+from kvrag.retrieval.vectors import file
+from kvrag.retrieval.vectors.file import _checksum
 
-from .helpers import DIM, EMBEDDER, add, make_document, open_catalog, unit_vectors
+from .helpers import (
+    DIM,
+    EMBEDDER,
+    TOKENIZER,
+    add,
+    add_vectors,
+    make_document,
+    open_catalog,
+    unit_vectors,
+)
 
 
 @pytest.fixture
@@ -24,9 +36,14 @@ def catalog(tmp_path):
         yield opened
 
 
-def open_index(catalog: Catalog) -> VectorIndex:
+def open_index(catalog: Catalog, rule: IndexRule | None = None) -> VectorIndex:
     path = catalog.path.parent / "index.faiss"
-    return VectorIndex.open(path, catalog, "default", EMBEDDER, DIM)
+    return VectorIndex.open(path, catalog, "default", EMBEDDER, DIM, rule)
+
+
+def files(catalog: Catalog) -> list[Path]:
+    """Versions of the index; one, but after a crash."""
+    return list(catalog.path.parent.glob("index.*.faiss"))
 
 
 def brute_force(catalog, query, k):
@@ -45,17 +62,16 @@ def test_search_is_exact(catalog, k):
     assert index.search(query, k) == brute_force(catalog, query, k)
 
 
-def test_ties_come_in_order_of_ids_whatever_the_order_of_addition(catalog):
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_ties_come_in_order_of_ids(catalog, kind):
     same = unit_vectors(7, 1)[0]
-    ids = list(range(1000, 1100))
-    for order in (ids, ids[::-1]):
-        index = open_index(catalog)
-        index.remove(catalog.vector_ids("default", EMBEDDER))
-        for chunk_id in order:
-            index.add([chunk_id], same[None, :])
-        found = index.search(same, 5)
+    add_vectors(catalog, "same", np.repeat(same[None, :], 100, axis=0))
+    index = open_index(catalog, IndexRule(kind))
+    ids = catalog.document_chunks("default", "same")
+    found = index.search(same, 5)
+    assert len({score for _, score in found}) == 1
+    if kind == "flat":
         assert [chunk_id for chunk_id, _ in found] == ids[:5]
-        assert len({score for _, score in found}) == 1
 
 
 def test_empty_index(tmp_path):
@@ -64,18 +80,6 @@ def test_empty_index(tmp_path):
         assert index.search(unit_vectors(1, 1)[0], 3) == []
         assert index.save()
         assert len(open_index(catalog)) == 0
-
-
-def test_add_and_remove(catalog):
-    index = open_index(catalog)
-    index.add([500, 501, 500], unit_vectors(303, 3))
-    assert len(index) == 12
-    assert index.search(unit_vectors(303, 3)[0], 1)[0][0] == 500
-    index.add([500], unit_vectors(404, 1))  # keeps the first vector
-    assert index.search(unit_vectors(303, 3)[0], 1)[0][0] == 500
-    assert index.remove([500, 501, 999]) == 2
-    assert index.remove([]) == 0
-    assert len(index) == 10
 
 
 def test_refresh_takes_over_what_others_changed(catalog, tmp_path):
@@ -92,12 +96,26 @@ def test_refresh_takes_over_what_others_changed(catalog, tmp_path):
     )
 
 
-def test_own_additions_need_no_second_copy(catalog):
-    index = open_index(catalog)
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_vectors_that_come_late_are_found(catalog, tmp_path, kind):
+    """Of a chunk that is older than others of the index: its id is not the largest."""
+    index = open_index(catalog, IndexRule(kind))
+    vectors = unit_vectors(8, 3)
+    chunks = [ChunkInput("late", f"late {i}", [1]) for i in range(3)]
+    into = {"tokenizer": TOKENIZER, "vectors": vectors, "embedder": "another"}
+    catalog.add_document("default", Document("late", id="late"), chunks, **into)
+    ids = catalog.document_chunks("default", "late")
     add(catalog, 60)
-    ids = catalog.document_chunks("default", make_document(60).id)
-    index.add(ids, unit_vectors(60, 2))
-    assert index.refresh() is False
+    assert index.refresh()
+    assert len(index) == 12
+    assert catalog.set_vectors(ids, vectors, EMBEDDER) == 3
+    assert index.refresh()
+    for chunk_id, vector in zip(ids, vectors, strict=True):
+        assert index.search(vector, 1)[0][0] == chunk_id
+        assert index.search(vector, 1, allowed=np.array([ids[0]]))[0][0] == ids[0]
+    catalog.delete_document("default", "late")
+    assert index.refresh()
+    assert {i for i, _ in index.search(vectors[0], 100)}.isdisjoint(ids)
     assert len(index) == 12
 
 
@@ -145,35 +163,188 @@ def flip(path, at):
 )
 def test_damaged_files_are_rebuilt(catalog, caplog, damage):
     assert open_index(catalog).save()
-    path = catalog.path.parent / "index.faiss"
-    damage(path, path.with_name("index.faiss.json"))
+    (path,) = files(catalog)
+    damage(path, path.with_name("index.json"))
     assert "building it" in rebuilt(catalog, caplog)
     assert open_index(catalog).save()
     assert rebuilt(catalog, caplog) == ""
 
 
-def test_valid_checksum_over_another_kind_of_index(catalog, caplog):
-    from kvrag.retrieval._index_file import _checksum
-
+@pytest.mark.parametrize("other", [faiss.IndexFlatL2(DIM), faiss.IndexFlatIP(DIM + 1)])
+def test_valid_checksum_over_another_kind_of_index(catalog, caplog, other):
     assert open_index(catalog).save()
-    path = catalog.path.parent / "index.faiss"
-    faiss.write_index(faiss.IndexFlatL2(DIM), str(path))
-    side = path.with_name("index.faiss.json")
+    (path,) = files(catalog)
+    faiss.write_index(other, str(path))
+    side = path.with_name("index.json")
     side.write_text(json.dumps({**json.loads(side.read_text()), "xxh3_64": _checksum(path)}))
     assert "another kind" in rebuilt(catalog, caplog)
 
 
-def test_stale_and_foreign_files_are_rebuilt(catalog, caplog, tmp_path):
+@pytest.mark.parametrize("name", ["../index.0.faiss", "/etc/passwd", "", 7, "index.json"])
+def test_a_sidecar_that_names_something_else(catalog, caplog, name):
     assert open_index(catalog).save()
+    side = catalog.path.with_name("index.json")
+    side.write_text(json.dumps({**json.loads(side.read_text()), "file": name}))
+    assert "rebuilding" in rebuilt(catalog, caplog)
+    assert open_index(catalog).save()
+    assert rebuilt(catalog, caplog) == ""
+
+
+def test_a_file_that_is_behind_is_caught_up_with(catalog, caplog):
+    assert open_index(catalog).save()
+    (path,) = files(catalog)
+    add(catalog, 70, chunks=3)
+    catalog.delete_document("default", make_document(2).id)
+    assert rebuilt(catalog, caplog) == ""
+    assert files(catalog) == [path]  # opening writes nothing
+    index = open_index(catalog)
+    assert not index.is_saved
+    assert index.save(now=True)
+    assert files(catalog) != [path]
+    assert open_index(catalog).is_saved
+
+
+def test_files_of_a_lost_future_are_rebuilt(catalog, caplog, tmp_path):
+    """A catalog restored from a copy gives the ids of what was lost to other chunks."""
+    copy = tmp_path / "copy.sqlite"
+    catalog.write_copy(copy)
     add(catalog, 70)
-    assert "another state" in rebuilt(catalog, caplog)
     assert open_index(catalog).save()
-    for suffix in ("", ".json"):
-        (tmp_path / "second").mkdir(exist_ok=True)
-        shutil.copy(tmp_path / f"index.faiss{suffix}", tmp_path / "second")
+    with Catalog.open(copy) as restored:
+        assert restored.identity == catalog.identity
+        add(restored, 71)
+        assert "another state" in rebuilt(restored, caplog)
+        add(restored, 72)
+        assert "another state" in rebuilt(restored, caplog)
+        assert open_index(restored).save()
+        assert rebuilt(restored, caplog) == ""
+
+
+def test_foreign_files_are_rebuilt(catalog, caplog, tmp_path):
+    assert open_index(catalog).save()
+    (tmp_path / "second").mkdir()
+    for path in (*files(catalog), catalog.path.with_name("index.json")):
+        shutil.copy(path, tmp_path / "second")
     with open_catalog(tmp_path / "second") as second:
         add(second, 1)
-        assert "another state" in rebuilt(second, caplog)
+        assert "something else" in rebuilt(second, caplog)
+
+
+def test_more_changes_than_are_remembered(catalog, caplog, monkeypatch):
+    index = open_index(catalog)
+    assert index.save()
+    monkeypatch.setattr(_vector_changes, "_KEPT", 1)
+    for number in range(80, 84):
+        add(catalog, number)
+    catalog.delete_document("default", make_document(0).id)
+    assert index.refresh()
+    assert index.search(unit_vectors(3, 1)[0], 100) == brute_force(
+        catalog, unit_vectors(3, 1)[0], 100
+    )
+    assert "another state" in rebuilt(catalog, caplog)
+
+
+def test_small_changes_are_not_written_at_once(catalog):
+    rule = IndexRule(written_share=0.5, written_most=4)
+    index = open_index(catalog, rule)
+    assert index.save()
+    (path,) = files(catalog)
+    add(catalog, 70)
+    assert index.save()
+    assert files(catalog) == [path]
+    assert not index.is_saved
+    add(catalog, 71)
+    assert index.save()
+    assert files(catalog) != [path]
+    assert index.is_saved
+    (path,) = files(catalog)
+    add(catalog, 72)
+    assert index.save(now=True)
+    assert files(catalog) != [path]
+
+
+def test_what_another_process_has_written_is_not_written_again(catalog, tmp_path):
+    index = open_index(catalog)
+    assert index.save()
+    with open_catalog(tmp_path) as other:
+        add(other, 70)
+        assert open_index(other).save(now=True)
+    (path,) = files(catalog)
+    assert index.save(now=True)
+    assert files(catalog) == [path]
+    assert index.is_saved
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_what_is_deleted_is_in_no_vector_and_goes_when_it_is_a_fifth(catalog, kind):
+    rule = IndexRule(kind)
+    query = unit_vectors(1, 1)[0]
+    gone = unit_vectors(0, 2)  # document 0
+    index = open_index(catalog, rule)
+    catalog.delete_document("default", make_document(0).id)
+    assert index.refresh()
+    held = index._structure.vectors(np.arange(10))
+    assert len(index._rows) == 10
+    assert not (held[:, None] == gone[None]).all(-1).any()
+    assert index.save(now=True)
+    assert len(open_index(catalog, rule)._rows) == 10
+    catalog.delete_document("default", make_document(1).id)
+    assert index.save()  # which makes it anew
+    assert len(index._rows) == len(index) == 6
+    assert index.search(query, 100) == brute_force(catalog, query, 100)
+    assert index.is_saved
+
+
+def test_a_kind_comes_and_goes_with_the_number_of_vectors(catalog):
+    rule = IndexRule(hnsw_from=20, ivfpq_from=100)
+    index = open_index(catalog, rule)
+    assert index.kind == "flat"
+    more = add_vectors(catalog, "more", unit_vectors(5, 15))
+    query = unit_vectors(1, 1)[0]
+    index.refresh()
+    assert (index.kind, len(index)) == ("flat", 25)  # no search waits for a graph
+    assert index.save()
+    assert (index.kind, index.is_saved) == ("hnsw", True)
+    assert index.search(query, 100) == brute_force(catalog, query, 100)
+    index = open_index(catalog, rule)
+    assert (index.kind, index.is_saved) == ("hnsw", True)
+    for number in range(3):
+        catalog.delete_document("default", make_document(number).id)
+    assert index.save()
+    assert (index.kind, len(index)) == ("hnsw", 19)  # until it is half of where it began
+    catalog.delete_document("default", "more")
+    assert index.save()
+    assert (index.kind, len(index)) == ("flat", 4)
+    assert not set(more) & {chunk_id for chunk_id, _ in index.search(query, 100)}
+    assert open_index(catalog, IndexRule("hnsw")).kind == "hnsw"  # who asks for one, gets it
+
+
+def test_a_version_stays_while_its_successor_is_written(catalog, monkeypatch):
+    """What a kill leaves between the two replacements is the version before."""
+    assert open_index(catalog).save()
+    (before,) = files(catalog)
+    add(catalog, 70)
+    index = open_index(catalog)
+    replace, replaced = file._replace, []
+
+    def killed(temporary, path):
+        replaced.append(path)
+        if path.suffix == ".json":
+            raise OSError("killed")
+        replace(temporary, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file, "_replace", killed)
+        assert index.save(now=True) is False
+    assert len(replaced) == 2
+    assert before in files(catalog)
+    again = open_index(catalog)
+    assert again._saved is not None
+    assert len(again) == 12
+    os.utime(replaced[0], (time.time() - 7200,) * 2)
+    assert again.save(now=True)
+    assert len(files(catalog)) == 1
+    assert before not in files(catalog)
 
 
 def test_a_failed_save_is_a_warning(catalog, caplog, tmp_path):
@@ -185,13 +356,14 @@ def test_a_failed_save_is_a_warning(catalog, caplog, tmp_path):
 
 
 def test_files_of_killed_saves_are_removed(catalog, tmp_path):
-    old = tmp_path / ".index.faiss.0123.partial"
-    young = tmp_path / ".index.faiss.4567.partial"
-    for path in (old, young):
+    old = tmp_path / ".index.0123.faiss.partial"
+    young = tmp_path / ".index.4567.faiss.partial"
+    earlier = [tmp_path / "index.faiss", tmp_path / "index.faiss.json"]  # of another release
+    for path in (old, young, *earlier):
         path.write_bytes(b"partial")
     os.utime(old, (time.time() - 7200,) * 2)
     assert open_index(catalog).save()
-    assert not old.exists()
+    assert not any(path.exists() for path in (old, *earlier))
     assert young.exists()
 
 
@@ -203,22 +375,20 @@ def test_inputs_that_do_not_fit(catalog, tmp_path):
         index.search(np.full(DIM, np.nan, np.float32), 1)
     with pytest.raises(ValueError, match="k must be"):
         index.search(np.zeros(DIM, np.float32), 0)
-    with pytest.raises(ValueError, match="shape"):
-        index.add([1, 2], unit_vectors(1, 1))
-    with pytest.raises(ValueError, match="negative"):
-        index.add([-1], unit_vectors(1, 1))
     with pytest.raises(ValueError, match="components"):
         VectorIndex.open(tmp_path / "x", catalog, "default", EMBEDDER, DIM + 1)
 
 
-def test_threads_may_search_and_change_at_once(catalog):
-    index = open_index(catalog)
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_threads_may_search_and_change_at_once(catalog, kind):
+    index = open_index(catalog, IndexRule(kind))
     failures: list[Exception] = []
     done = threading.Event()
 
     def search() -> None:
         try:
             while not done.is_set():
+                index.refresh()
                 found = index.search(unit_vectors(5, 1)[0], 4)
                 assert len(found) == 4
                 assert all(chunk_id > 0 for chunk_id, _ in found)
@@ -228,12 +398,17 @@ def test_threads_may_search_and_change_at_once(catalog):
     threads = [threading.Thread(target=search) for _ in range(3)]
     for thread in threads:
         thread.start()
-    for number in range(40):
-        index.add([2000 + number], unit_vectors(number, 1))
-        if number % 2:
-            index.remove([2000 + number])
-    done.set()
-    for thread in threads:
-        thread.join()
+    try:
+        for number in range(100, 130):
+            add(catalog, number)
+            if number % 2:
+                assert catalog.delete_document("default", make_document(number).id)
+            if number % 10 == 0:
+                assert index.save()
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
     assert failures == []
-    assert len(index) == 30
+    index.refresh()
+    assert len(index) == 40

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvrag.retrieval import VectorIndex
+from kvrag.retrieval import IndexRule, VectorIndex
 
 from .helpers import DIM, EMBEDDER, add, make_document, open_catalog, unit_vectors
 
@@ -29,7 +29,8 @@ class CatalogMachine(RuleBasedStateMachine):
 
     def open_index(self, namespace):
         path = Path(self.folder.name) / f"{namespace}.faiss"
-        return VectorIndex.open(path, self.catalog, namespace, EMBEDDER, DIM)
+        rule = IndexRule("flat" if namespace == "a" else "hnsw", written_most=4)
+        return VectorIndex.open(path, self.catalog, namespace, EMBEDDER, DIM, rule)
 
     @rule(namespace=NAMESPACES, number=NUMBERS)
     def add(self, namespace, number):
@@ -73,6 +74,11 @@ class CatalogMachine(RuleBasedStateMachine):
     @rule(namespace=NAMESPACES)
     def save(self, namespace):
         assert self.indexes[namespace].save()
+
+    @rule(namespace=NAMESPACES)
+    def save_all(self, namespace):
+        assert self.indexes[namespace].save(now=True)
+        assert self.indexes[namespace].is_saved
 
     @rule()
     def reopen(self):
