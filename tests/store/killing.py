@@ -37,7 +37,7 @@ CUT_NBYTES = 5000
 ALWAYS = (
     "victims = self._victims_locked(",  # … the room being reserved
     "self.tier.delete(victim)",
-    "path.unlink()",
+    "os.unlink(name)",
     "os.open(path, flags, 0o600)",
     "fcntl.flock(descriptor",
     "os.writev(",
