@@ -14,6 +14,7 @@ import typer
 from kvrag.bench import (
     eviction,
     fidelity,
+    index,
     kernels,
     layers,
     pipeline,
@@ -284,15 +285,45 @@ def retrieval_command(
 ) -> None:
     """nDCG, recall and latency of searches by words, by meaning and by both. Opens no model."""
     settings = _settings(context)
-    folder = Path(data).expanduser()
-    if not folder.is_dir() and settings.eval_data is not None:
-        folder = settings.eval_data / data
-    if not folder.is_dir():
-        raise InputError(
-            f"{data!r} is no folder, nor one of the setting eval_data (KVRAG_EVAL_DATA)"
-        )
     options = retrieval.RetrievalOptions(half.value, chunks, timed, keep, mmr)
-    retrieval.run(folder, settings.embedder, options)
+    retrieval.run(_pool_folder(settings, data), settings.embedder, options)
+
+
+@app.command("index")
+def index_command(
+    context: typer.Context,
+    data: Annotated[
+        str, typer.Argument(help="A folder of the eval_data folder, or any: passages, questions.")
+    ] = "hotpot_pool",
+    vectors: Annotated[int, typer.Option(min=10, help="Vectors of the largest index.")] = 1_000_000,
+    growth: Annotated[
+        str | None,
+        typer.Option(metavar="N,M,…", help="Sizes on the way; default 10,000, 30,000, 100,000, …"),
+    ] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="May be repeated; default flat, hnsw, ivfpq.")
+    ] = None,
+    noise: Annotated[float, typer.Option(min=0, help="Length of what is added to vectors.")] = 0.3,
+    recall: Annotated[float, typer.Option(min=0, max=1, help="Recall@10 to be reached.")] = 0.95,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder where embeddings are kept for next time.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Folder for a picture (PNG and SVG); needs matplotlib.")
+    ] = None,
+) -> None:
+    """Recall, time, build and memory of each kind of vector index as it grows. Opens no model."""
+    settings = _settings(context)
+    on_the_way = _numbers("--growth", growth) or (10_000, 30_000, 100_000, 300_000)
+    options = index.IndexOptions(
+        sizes=tuple(sorted({*(size for size in on_the_way if size < vectors), vectors})),
+        kinds=tuple(kind or ("flat", "hnsw", "ivfpq")),  # type: ignore[arg-type]  # checked there
+        noise=noise,
+        recall=recall,
+        keep=keep,
+        plot=plot,
+    )
+    index.run(_pool_folder(settings, data), settings.embedder, options)
 
 
 @app.command("store")
@@ -378,6 +409,17 @@ def _numbers(option: str, given: str | None) -> tuple[int, ...]:
         return tuple(int(number) for number in given.split(",")) if given is not None else ()
     except ValueError as exc:
         raise InputError(f"{option} is {given!r}; give whole numbers, as in 1024,4096") from exc
+
+
+def _pool_folder(settings: Settings, name: str) -> Path:
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and settings.eval_data is not None:
+        folder = settings.eval_data / name
+    if not folder.is_dir():
+        raise InputError(
+            f"{name!r} is no folder, nor one of the setting eval_data (KVRAG_EVAL_DATA)"
+        )
+    return folder
 
 
 def _data_path(settings: Settings, name: str) -> Path:

@@ -40,7 +40,7 @@ from kvrag.retrieval import (
 )
 from kvrag.retrieval.terms import terms
 
-__all__ = ["Pool", "RetrievalOptions", "load_pool", "measures", "run"]
+__all__ = ["Pool", "RetrievalOptions", "load_pool", "measures", "passage_vectors", "run"]
 
 _PLAIN = "bm25"
 _MODES = ("lexical", "dense", "hybrid")
@@ -104,7 +104,7 @@ def run(folder: Path, embedder_name: str, options: RetrievalOptions) -> dict[str
     """Measure, print, and return what the JSON line holds."""
     pool = load_pool(folder)
     embedder = open_embedder(embedder_name)
-    vectors = _vectors(pool, embedder, options.keep)
+    vectors = passage_vectors(pool, embedder, options.keep)
     parity = {"even": (0,), "odd": (1,), "all": (0, 1)}[options.half]
     asked = [q for number, q in enumerate(pool.questions) if number % 2 in parity]
     with ExitStack() as stack:
@@ -129,7 +129,7 @@ def run(folder: Path, embedder_name: str, options: RetrievalOptions) -> dict[str
     return _shown(folder.name, pool, scores, latency, options)
 
 
-def _vectors(pool: Pool, embedder: Embedder, keep: Path | None) -> npt.NDArray[np.float32]:
+def passage_vectors(pool: Pool, embedder: Embedder, keep: Path | None) -> npt.NDArray[np.float32]:
     """`(passages, dim)`: from `keep` where they were stored before."""
     path = None if keep is None else keep / f"{embedder.fingerprint}-{len(pool.passages)}.npy"
     if path is not None and path.exists():

@@ -1,7 +1,7 @@
 """Approximate search of compressed vectors, in the few lists whose centres are near the question.
 
 IVFPQ (Jégou, Douze and Schmid, "Product Quantization for Nearest Neighbor Search", TPAMI 2011)
-behind a rotation that is learnt (OPQ: Ge, He, Ke and Sun, CVPR 2013). dim / 4 + 8 bytes a vector;
+behind a rotation that is learnt (OPQ: Ge, He, Ke and Sun, CVPR 2013). dim / 8 + 8 bytes a vector;
 the exact ones, which decide the order of what is found, are the caller's.
 """
 
@@ -16,11 +16,13 @@ __all__ = ["LEAST_VECTORS", "IvfPq"]
 
 #: Fewer cannot be learnt from.
 LEAST_VECTORS = 10_000
-_COMPONENTS = 4  # of a vector, coded in a byte together
+_COMPONENTS = 8  # of a vector, coded in a byte together
+_CODE_BITS, _CODES = 8, 256
 _SAMPLE_A_LIST = 64
 _SAMPLE = 262_144
-_OPQ_SAMPLE = 65_536
-_OPQ_ROUNDS = 10
+#: Of the rotation and the codes: more of them take minutes and find little more.
+_CODE_SAMPLE_EACH = 64
+_ROTATION_ROUNDS, _FIRST_ROUNDS = 5, 10
 #: Share of the lists that a search looks at: `kvrag bench index` tells what that gives.
 _PROBED = 1 / 64
 _LEAST_PROBED = 32
@@ -47,10 +49,12 @@ class IvfPq:
         pieces = max(1, dim // _COMPONENTS)
         inner = pieces * (dim // pieces)
         rotation = faiss.OPQMatrix(dim, pieces, inner)
-        rotation.max_train_points = _OPQ_SAMPLE
-        rotation.niter = _OPQ_ROUNDS
+        rotation.max_train_points = _CODE_SAMPLE_EACH * _CODES
+        rotation.niter, rotation.niter_pq_0 = _ROTATION_ROUNDS, _FIRST_ROUNDS
         centres = faiss.IndexFlatIP(inner)
-        ivf = faiss.IndexIVFPQ(centres, inner, lists, pieces, 8, faiss.METRIC_INNER_PRODUCT)
+        ivf = faiss.IndexIVFPQ(
+            centres, inner, lists, pieces, _CODE_BITS, faiss.METRIC_INNER_PRODUCT
+        )
         index = faiss.IndexPreTransform(rotation, ivf)
         # What Python holds is freed with its names; the index is to hold it instead.
         for part in (rotation, centres, ivf):
@@ -58,6 +62,7 @@ class IvfPq:
         ivf.own_fields = index.own_fields = True
         sample = source.sample(min(_SAMPLE, _SAMPLE_A_LIST * lists))
         ivf.cp.max_points_per_centroid = _SAMPLE_A_LIST
+        ivf.pq.cp.max_points_per_centroid = _CODE_SAMPLE_EACH
         index.train(sample)
         return cls(faiss, index)
 

@@ -29,7 +29,7 @@ def few_are_enough():
     """To learn lists and codes from, which would take long in a test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kinds, "LEAST_VECTORS", 1_000)
-        patch.setattr(ivfpq, "_OPQ_ROUNDS", 2)
+        patch.setattr(ivfpq, "_ROTATION_ROUNDS", 2)
         yield
 
 
