@@ -1,33 +1,34 @@
-"""The snippets of README and docs/langchain.md run, over an engine and over a server."""
+"""The snippets of README and docs/langchain.md run over an engine, where they name a server.
+
+Over a server, and with everything else of these pages, tests/docs runs them.
+"""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 
+from tests.docs.pages import blocks
 from tests.serving.harness import CHAIN_TEXT
 
-ROOT = Path(__file__).parents[2]
+ADDRESS = '"http://127.0.0.1:8321"'
 
 
 def snippets(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    return [block.text for block in blocks(page) if block.language == "python"]
 
 
-@pytest.mark.parametrize("number", range(len(snippets("docs/langchain.md"))))
-def test_snippets_run(number, source, url, make_settings, capsys):
-    snippet = snippets("docs/langchain.md")[number]
-    names = {"source": source, "url": url, "settings": make_settings()}
+@pytest.mark.parametrize("number", range(3))
+def test_snippets_run(number, engine, make_settings, capsys):
+    snippet = snippets("docs/langchain.md")[number].replace(ADDRESS, "given")
+    snippet = snippet.replace('Settings(home="~/kvrag-vectors")', "settings")
+    names = {"given": engine, "settings": make_settings()}
     exec(compile(snippet, f"docs/langchain.md, snippet {number}", "exec"), names)
     printed = capsys.readouterr().out
     assert CHAIN_TEXT in printed or "Anna keeps the lamp." in printed
 
 
-def test_the_chain_of_the_readme_runs(source, capsys):
+def test_the_chain_of_the_readme_runs(engine, capsys):
     (snippet,) = [text for text in snippets("README.md") if "integrations.langchain" in text]
     assert len(snippet.splitlines()) <= 10
-    snippet = snippet.replace('"http://127.0.0.1:8321"', "given")
-    exec(compile(snippet, "README.md", "exec"), {"given": source})
+    exec(compile(snippet.replace(ADDRESS, "given"), "README.md", "exec"), {"given": engine})
     assert CHAIN_TEXT in capsys.readouterr().out
