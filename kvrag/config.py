@@ -22,7 +22,7 @@ from pydantic_settings import (
 
 from kvrag.errors import SettingsError
 from kvrag.retrieval.vectors.kinds import IndexChoice
-from kvrag.searching import SearchMode
+from kvrag.searching import RerankMode, SearchMode
 from kvrag.store.encryption_key import key_from_text
 from kvrag.store.limits import LONGEST_TTL_S
 from kvrag.store.redis_address import RedisAddress
@@ -152,6 +152,12 @@ class Settings(BaseSettings):
         ge=0,
         le=1,
         description="Part of relevance in choosing chunks, the rest being novelty (MMR).",
+    )
+    rerank: RerankMode = Field(
+        "none", description="Whether the cross_encoder orders what was found anew."
+    )
+    cross_encoder: str | None = Field(
+        None, description="Cross-encoder's folder or hub id, for rerank; none cannot rerank."
     )
     strategy: str = Field("fast", description="Fusion strategy.")
     ratio: float | None = Field(
@@ -284,6 +290,12 @@ class Settings(BaseSettings):
         if key is not None:
             key_from_text(key.get_secret_value())
         return key
+
+    @model_validator(mode="after")
+    def _reranked_by_something(self) -> Settings:
+        if self.rerank == "cross_encoder" and self.cross_encoder is None:
+            raise ValueError("rerank is 'cross_encoder', which needs the setting cross_encoder")
+        return self
 
     @model_validator(mode="after")
     def _one_encryption_key(self) -> Settings:

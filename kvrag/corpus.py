@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvrag.errors import EmptyCorpusError
+from kvrag.errors import EmptyCorpusError, InputError
 from kvrag.made_with import MadeWith
+from kvrag.models.hub import found_folder
 from kvrag.models.tokenizer import Tokenizer
 from kvrag.prefill import ContextChunk
 from kvrag.retrieval.catalog import (
@@ -32,6 +33,7 @@ from kvrag.retrieval.embedder import Embedder, open_embedder
 from kvrag.retrieval.errors import CatalogError
 from kvrag.retrieval.hybrid import Found, HybridSearch
 from kvrag.retrieval.index import IndexRule, VectorIndex
+from kvrag.retrieval.reranker import CrossEncoderReranker, Reranker
 from kvrag.searching import Search
 
 __all__ = ["Added", "ChunkedDocument", "Corpus"]
@@ -76,14 +78,20 @@ class Corpus:
         *,
         namespace: str,
         embedder: str | Embedder,
+        cross_encoder: str | None = None,
         chunk_tokens: int,
         index: IndexRule,
         replace: Callable[[Callable[[], DeletedDocument | None]], bool],
     ) -> None:
-        """embedder: one, or the name of one. replace: runs what may replace a document."""
+        """embedder: one, or the name of one. cross_encoder: its folder or hub id.
+
+        replace: runs what may replace a document.
+        """
         self._catalog, self._index_dir, self._tokenizer = catalog, index_dir, tokenizer
         self._namespace, self._chosen_embedder = namespace, embedder
         self._chunk_tokens, self._index_rule, self._replace = chunk_tokens, index, replace
+        self._cross_encoder = cross_encoder
+        self._reranker: Reranker | None = None
         self._made_with = MadeWith(catalog, namespace)
         self._lock = threading.RLock()
         self._opened: tuple[Embedder, VectorIndex] | None = None
@@ -201,9 +209,11 @@ class Corpus:
         self._made_with.change(_CHUNK_TOKENS, str(self._chunk_tokens))
 
     def prepare(self) -> None:
-        """Open embedder and indexes, which the first search does otherwise."""
+        """Open embedder, indexes and cross-encoder, which the first search does otherwise."""
         self._open()
         self._hybrid.prepare()
+        if self._cross_encoder is not None:
+            self._open_reranker()
 
     def search(self, question: str, k: int, search: Search) -> list[ContextChunk]:
         """At most `k` chunks, best first; None of the fields of `search` is left open."""
@@ -211,12 +221,33 @@ class Corpus:
             raise EmptyCorpusError("the corpus is empty; add documents first, or give passages")
         if search.mode is None or search.mmr is None:
             raise ValueError(f"a search leaves nothing open, got {search!r}")
+        rerank = None
+        if search.rerank == "cross_encoder":
+            self._open_reranker()  # before anything is looked for
+            rerank = self._rerank
         hits = self._hybrid.search(
-            question, k, mode=search.mode, where=search.filter(), mmr=search.mmr
+            question, k, mode=search.mode, where=search.filter(), mmr=search.mmr, rerank=rerank
         )
         chunks = self._catalog.chunk([hit.chunk_id for hit in hits], namespace=self._namespace)
         found = (self._context(chunk, hit) for chunk, hit in zip(chunks, hits, strict=True))
         return [context for context in found if context is not None]
+
+    def _rerank(self, question: str, chunk_ids: Sequence[int]) -> list[float | None]:
+        chunks = self._catalog.chunk(chunk_ids, namespace=self._namespace)
+        texts = [render_chunk(chunk.title, chunk.text) for chunk in chunks if chunk is not None]
+        scores = iter(self._open_reranker().scores(question, texts).tolist())
+        return [None if chunk is None else next(scores) for chunk in chunks]
+
+    def _open_reranker(self) -> Reranker:
+        with self._lock:
+            if self._reranker is None:
+                if self._cross_encoder is None:
+                    raise InputError(
+                        "rerank is 'cross_encoder', and the setting cross_encoder names none; "
+                        "allowed without one is none"
+                    )
+                self._reranker = CrossEncoderReranker(found_folder(self._cross_encoder))
+            return self._reranker
 
     def token_ids(self, chunk_id: int) -> tuple[int, ...] | None:
         """A chunk's stored ids; encoded and stored once for a tokenizer that is new to the home."""

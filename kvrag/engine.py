@@ -480,7 +480,7 @@ class Engine:
         """
         _, _, retriever = self._open_corpus()
         settings = self.settings
-        plan = Search.of(search).or_else(settings.search, settings.mmr)
+        plan = Search.of(search).or_else(settings.search, settings.mmr, settings.rerank)
         return retriever.retrieve(question, _first(k, settings.k), plan, prefetch=prefetch)
 
     def prepare(self) -> None:
@@ -627,6 +627,7 @@ class Engine:
             self.model.tokenizer,
             namespace=settings.namespace,
             embedder=self.embedder,
+            cross_encoder=settings.cross_encoder,
             chunk_tokens=settings.chunk_tokens,
             index=IndexRule(settings.index),
             replace=self._references.replace_document,

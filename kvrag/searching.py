@@ -10,19 +10,21 @@ from kvrag.errors import InputError
 from kvrag.retrieval.errors import FilterError
 from kvrag.retrieval.where import Where
 
-__all__ = ["Search", "SearchMode"]
+__all__ = ["RerankMode", "Search", "SearchMode"]
 
 SearchMode = Literal["hybrid", "dense", "lexical"]
+RerankMode = Literal["none", "cross_encoder"]
 
 
 @dataclass(frozen=True, slots=True)
 class Search:
     """What of retrieval a request chooses; None is the setting's.
 
-    mode:  by meaning (`dense`), by words (`lexical`), or by both (`hybrid`)
-    where: a filter over the documents' metadata, see docs/retrieval.md; no other chunk is ranked
-    mmr:   0 to 1: the part of relevance in maximal marginal relevance, the rest being novelty;
-           1 leaves chunks as they are ranked
+    mode:   by meaning (`dense`), by words (`lexical`), or by both (`hybrid`)
+    where:  a filter over the documents' metadata, see docs/retrieval.md; no other chunk is ranked
+    mmr:    0 to 1: the part of relevance in maximal marginal relevance, the rest being novelty;
+            1 leaves chunks as they are ranked
+    rerank: what orders the first 20 anew: `none`, or the settings' `cross_encoder`
 
     Raises:
         InputError: anything else; the message says what is allowed.
@@ -31,12 +33,17 @@ class Search:
     mode: SearchMode | None = None
     where: Mapping[str, Any] | None = None
     mmr: float | None = None
+    rerank: RerankMode | None = None
 
     def __post_init__(self) -> None:
         """Check every field, the filter included."""
         if self.mode is not None and self.mode not in get_args(SearchMode):
             raise InputError(
                 f"search is {self.mode!r:.80}; allowed are {', '.join(get_args(SearchMode))}"
+            )
+        if self.rerank is not None and self.rerank not in get_args(RerankMode):
+            raise InputError(
+                f"rerank is {self.rerank!r:.80}; allowed are {', '.join(get_args(RerankMode))}"
             )
         number = isinstance(self.mmr, int | float) and not isinstance(self.mmr, bool)
         if self.mmr is not None and not (number and 0 <= self.mmr <= 1):
@@ -50,9 +57,14 @@ class Search:
             return given
         return cls(mode=given)  # type: ignore[arg-type]  # checked there
 
-    def or_else(self, mode: SearchMode, mmr: float) -> Search:
+    def or_else(self, mode: SearchMode, mmr: float, rerank: RerankMode) -> Search:
         """This, with what it leaves open."""
-        return Search(self.mode or mode, self.where, mmr if self.mmr is None else self.mmr)
+        return Search(
+            self.mode or mode,
+            self.where,
+            mmr if self.mmr is None else self.mmr,
+            self.rerank or rerank,
+        )
 
     def filter(self) -> Where | None:
         """The filter, parsed; None for none."""

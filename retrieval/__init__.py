@@ -22,12 +22,14 @@ from .errors import (
     EmbedderError,
     FilterError,
     MissingExtraError,
+    RerankerError,
     RetrievalError,
 )
-from .hybrid import Found, HybridSearch, Match
+from .hybrid import Found, HybridSearch, Match, Rerank
 from .index import IndexRule, VectorIndex
 from .lexical import LexicalIndex
 from .loaders import ReadWhole, Skipped, documents_from, load, read
+from .reranker import CrossEncoderReranker, Reranker
 from .where import Where
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "ChunkInput",
     "Chunker",
     "Counts",
+    "CrossEncoderReranker",
     "DeletedDocument",
     "Document",
     "DocumentError",
@@ -50,6 +53,9 @@ __all__ = [
     "MissingExtraError",
     "Piece",
     "ReadWhole",
+    "Rerank",
+    "Reranker",
+    "RerankerError",
     "RetrievalError",
     "SentenceTransformerEmbedder",
     "Skipped",

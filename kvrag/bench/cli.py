@@ -279,13 +279,16 @@ def retrieval_command(
     ] = 10_000,
     timed: Annotated[int, typer.Option(min=1, help="Questions that are timed.")] = 200,
     mmr: Annotated[float, typer.Option(min=0, max=1, help="Part of relevance.")] = 1.0,
+    rerank: Annotated[
+        str | None, typer.Option(help="Cross-encoder's folder or hub id, which reranks.")
+    ] = None,
     keep: Annotated[
         Path | None, typer.Option(help="Folder where the passages' vectors are kept for next time.")
     ] = None,
 ) -> None:
     """nDCG, recall and latency of searches by words, by meaning and by both. Opens no model."""
     settings = _settings(context)
-    options = retrieval.RetrievalOptions(half.value, chunks, timed, keep, mmr)
+    options = retrieval.RetrievalOptions(half.value, chunks, timed, keep, mmr, rerank)
     retrieval.run(_pool_folder(settings, data), settings.embedder, options)
 
 

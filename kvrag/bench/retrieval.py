@@ -3,7 +3,8 @@
 The data is a folder with one `.jsonl` of passages (`title`, `text`) and a `bm25_results.csv` of
 questions (`question`, `gold_titles`, `setting`), of which those of the setting "pooled" count. One
 passage is one chunk. Beside kvrag's searches stands BM25 as it comes: words neither stemmed nor
-weighted by where they are. No language model is opened.
+weighted by where they are; and, where a cross-encoder is given, `reranked`: `hybrid`, whose first
+20 it orders. No language model is opened.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,16 @@ from kvrag.bench.frame import show
 from kvrag.bench.intervals import interval, shown
 from kvrag.bench.items import Half
 from kvrag.errors import InputError
+from kvrag.models.hub import found_folder
 from kvrag.retrieval import (
     Catalog,
     ChunkInput,
+    CrossEncoderReranker,
     Document,
     Embedder,
+    Found,
     HybridSearch,
+    Reranker,
     VectorIndex,
     open_embedder,
     render_chunk,
@@ -50,13 +56,17 @@ _NOISE = 0.3
 
 @dataclass(frozen=True, slots=True)
 class RetrievalOptions:
-    """`chunks`: of the corpus whose latency is measured, 0 for none; `keep`: folder for vectors."""
+    """`chunks`: of the corpus whose latency is measured, 0 for none; `keep`: folder for vectors.
+
+    `cross_encoder`: its folder or hub id; None reranks nothing.
+    """
 
     half: Half = "odd"
     chunks: int = 10_000
     timed: int = 200
     keep: Path | None = None
     mmr: float = 1.0
+    cross_encoder: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +122,13 @@ def run(folder: Path, embedder_name: str, options: RetrievalOptions) -> dict[str
         catalog = stack.enter_context(Catalog.open(home / "catalog.sqlite"))
         searched, places = _corpus(home, catalog, "pool", embedder, pool.passages, vectors)
         plain = stack.enter_context(closing(_plain_bm25(pool)))
+        reranker = None
+        if options.cross_encoder is not None:
+            reranker = CrossEncoderReranker(found_folder(options.cross_encoder))
         contestants: dict[str, Callable[[str], list[int]]] = {_PLAIN: lambda q: _asked(plain, q)}
-        for mode in _MODES:
-            contestants[mode] = lambda q, mode=mode: [  # type: ignore[misc]
-                places[hit.chunk_id] for hit in searched.search(q, _K, mode=mode, mmr=options.mmr)
+        for name, search in _kinds(searched, catalog, reranker, options.mmr).items():
+            contestants[name] = lambda q, search=search: [  # type: ignore[misc]
+                places[hit.chunk_id] for hit in search(q)
             ]
         scores = {
             name: [measures(find(question), gold) for question, gold in asked]
@@ -125,7 +138,8 @@ def run(folder: Path, embedder_name: str, options: RetrievalOptions) -> dict[str
         if options.chunks:
             passages, more = _grown(pool, vectors, options.chunks)
             large, _ = _corpus(home, catalog, "large", embedder, passages, more)
-            latency = _latency(large, embedder, [q for q, _ in asked[: options.timed]])
+            searches = _kinds(large, catalog, reranker, mmr=1)
+            latency = _latency(searches, embedder, [q for q, _ in asked[: options.timed]])
     return _shown(folder.name, pool, scores, latency, options)
 
 
@@ -170,6 +184,24 @@ def _corpus(
     return HybridSearch(catalog, namespace, lambda: (embedder, index)), places
 
 
+def _kinds(
+    searched: HybridSearch, catalog: Catalog, reranker: Reranker | None, mmr: float
+) -> dict[str, Callable[[str], list[Found]]]:
+    """What is compared, by its name: a question to the best chunks."""
+    kinds: dict[str, Callable[[str], list[Found]]] = {
+        mode: partial(searched.search, k=_K, mode=mode, mmr=mmr) for mode in _MODES
+    }
+    if reranker is not None:
+
+        def rerank(question: str, chunk_ids: Sequence[int]) -> list[float | None]:
+            chunks = [chunk for chunk in catalog.chunk(chunk_ids) if chunk is not None]
+            texts = [render_chunk(chunk.title, chunk.text) for chunk in chunks]
+            return [*map(float, reranker.scores(question, texts))]
+
+        kinds["reranked"] = partial(searched.search, k=_K, mode="hybrid", mmr=mmr, rerank=rerank)
+    return kinds
+
+
 def _grown(
     pool: Pool, vectors: npt.NDArray[np.float32], chunks: int
 ) -> tuple[list[tuple[str, str]], npt.NDArray[np.float32]]:
@@ -188,12 +220,10 @@ def _grown(
 
 
 def _latency(
-    searched: HybridSearch, embedder: Embedder, questions: Sequence[str]
+    searches: Mapping[str, Callable[[str], object]], embedder: Embedder, questions: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """Milliseconds a question, all of it, each kind of search in turn; embedding alone beside."""
-    kinds: dict[str, Callable[[str], object]] = {"embedding": embedder.embed_query}
-    for mode in _MODES:
-        kinds[mode] = lambda q, mode=mode: searched.search(q, _K, mode=mode)  # type: ignore[misc]
+    kinds: dict[str, Callable[[str], object]] = {"embedding": embedder.embed_query, **searches}
     wall: dict[str, list[float]] = {kind: [] for kind in kinds}
     processor: dict[str, list[float]] = {kind: [] for kind in kinds}
     for find in kinds.values():

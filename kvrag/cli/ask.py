@@ -56,6 +56,10 @@ def ask(
         float | None,
         typer.Option(help="0 to 1: part of relevance in choosing chunks, the rest novelty."),
     ] = None,
+    rerank: Annotated[
+        str | None,
+        typer.Option(help="What orders chunks anew: none, or the setting's cross_encoder."),
+    ] = None,
     strategy: Annotated[str | None, typer.Option(help="Fusion strategy.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Recompute ratio, 0 to 1.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of the answer.")] = None,
@@ -81,7 +85,7 @@ def ask(
     """
     settings = settings_of(context)
     given = None if passages is None else read_passages(passages)
-    looked_for = _search(search, where, mmr)
+    looked_for = _search(search, where, mmr, rerank)
     asked = _question(question)
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -165,12 +169,14 @@ def _passage(line: bytes) -> dict[str, str]:
     return fields
 
 
-def _search(mode: str | None, where: str | None, mmr: float | None) -> Search | None:
+def _search(
+    mode: str | None, where: str | None, mmr: float | None, rerank: str | None
+) -> Search | None:
     """What the options ask of retrieval; None for nothing."""
     from kvrag.errors import InputError
     from kvrag.searching import Search
 
-    if mode is None and where is None and mmr is None:
+    if all(given is None for given in (mode, where, mmr, rerank)):
         return None
     fields: Any = None
     if where is not None:
@@ -180,7 +186,7 @@ def _search(mode: str | None, where: str | None, mmr: float | None) -> Search | 
             raise InputError(f"--where is no JSON: {exc}") from exc
         if not isinstance(fields, dict):
             raise InputError(f"--where is {where!r:.80}; a JSON object is needed")
-    return replace(Search.of(mode), where=fields, mmr=mmr)
+    return replace(Search.of(mode), where=fields, mmr=mmr, rerank=rerank)  # type: ignore[arg-type]
 
 
 def _question(argument: str) -> str:

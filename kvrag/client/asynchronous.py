@@ -135,7 +135,10 @@ class AsyncKVRagClient:
     async def retrieve(
         self, question: str, *, k: int | None = None, prefetch: bool = False, **search: Any
     ) -> list[RetrievedChunk]:
-        """The `k` best chunks with handles on their KV. search: `search`, `where`, `mmr`."""
+        """The `k` best chunks with handles on their KV.
+
+        search: `search`, `where`, `mmr`, `rerank`.
+        """
         return (await self._send(calls.retrieve(question, k=k, prefetch=prefetch, **search))).chunks
 
     async def add(self, *documents: DocumentInput) -> Added:

@@ -146,7 +146,10 @@ class KVRagClient:
     def retrieve(
         self, question: str, *, k: int | None = None, prefetch: bool = False, **search: Any
     ) -> list[RetrievedChunk]:
-        """The `k` best chunks with handles on their KV. search: `search`, `where`, `mmr`."""
+        """The `k` best chunks with handles on their KV.
+
+        search: `search`, `where`, `mmr`, `rerank`.
+        """
         return self._send(calls.retrieve(question, k=k, prefetch=prefetch, **search)).chunks
 
     def add(self, *documents: DocumentInput) -> Added:

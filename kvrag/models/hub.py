@@ -20,7 +20,7 @@ from pathlib import Path
 from kvrag.errors import ModelError, ModelNotFoundError, UnsupportedModelError
 from kvrag.models.folder import INDEX, missing_files, weight_files
 
-__all__ = ["HubId", "hub_folder", "hub_id"]
+__all__ = ["HubId", "found_folder", "hub_folder", "hub_id"]
 
 #: Seconds that a server may be silent.
 _TIMEOUT_S = 10.0
@@ -56,6 +56,20 @@ def hub_id(text: str) -> HubId | None:
     """`text` as a hub's id, or None when it cannot be one."""
     match = _ID.fullmatch(text)
     return HubId(match["name"], match["revision"] or "main") if match else None
+
+
+def found_folder(name: str) -> Path:
+    """The folder of that path, or where there is none, of the hub's model with that id.
+
+    Raises:
+        ModelNotFoundError: neither, or see `hub_folder`.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or (repository := hub_id(name)) is None:
+        raise ModelNotFoundError(f"{name!r} is neither a folder nor a hub's organisation/name")
+    return hub_folder(repository)
 
 
 def hub_folder(wanted: HubId) -> Path:

@@ -27,7 +27,7 @@ from kvrag.fusion.controller import Reason
 from kvrag.retrieval.errors import FilterError
 from kvrag.retrieval.where import Where
 from kvrag.retriever import HandleState
-from kvrag.searching import Search, SearchMode
+from kvrag.searching import RerankMode, Search, SearchMode
 
 __all__ = [
     "AddBody",
@@ -159,8 +159,11 @@ MMR = Field(
     allow_inf_nan=False,
     description="Part of relevance in choosing chunks, the rest being novelty.",
 )
+RERANK = Field(
+    None, description="Whether the server's cross-encoder, if it has one, orders chunks anew."
+)
 #: Together they are one `Search`.
-_SEARCH_FIELDS = {"search", "where", "mmr"}
+_SEARCH_FIELDS = {"search", "where", "mmr", "rerank"}
 
 
 class AskBody(_Request):
@@ -179,6 +182,7 @@ class AskBody(_Request):
     search: SearchMode | None = SEARCH
     where: WhereIn | None = WHERE
     mmr: float | None = MMR
+    rerank: RerankMode | None = RERANK
     strategy: Line | None = Field(
         None, description="Fusion strategy, perhaps with options: `epic:tokens=4`."
     )
@@ -205,7 +209,7 @@ class AskBody(_Request):
             raise PydanticCustomError("passages_and_k", "give passages or k, not both")
         return k
 
-    @field_validator("search", "where", "mmr")
+    @field_validator(*_SEARCH_FIELDS)
     @classmethod
     def _passages_or_search(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None and info.data.get("passages") is not None:
@@ -217,7 +221,7 @@ class AskBody(_Request):
         others = {"question", "messages", "stream"}
         options = self.model_dump(exclude=others | _SEARCH_FIELDS, exclude_none=True)
         if any(getattr(self, name) is not None for name in _SEARCH_FIELDS):
-            options["search"] = Search(self.search, self.where, self.mmr)
+            options["search"] = Search(self.search, self.where, self.mmr, self.rerank)
         return options
 
 
@@ -281,11 +285,12 @@ class RetrieveBody(_Request):
     search: SearchMode | None = SEARCH
     where: WhereIn | None = WHERE
     mmr: float | None = MMR
+    rerank: RerankMode | None = RERANK
     prefetch: bool = Field(False, description="Whether to load the chunks' KV at once.")
 
     def options(self) -> dict[str, Any]:
         """Arguments of `Engine.retrieve`."""
-        search = Search(self.search, self.where, self.mmr)
+        search = Search(self.search, self.where, self.mmr, self.rerank)
         return {"k": self.k, "prefetch": self.prefetch, "search": search}
 
 

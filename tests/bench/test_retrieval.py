@@ -9,7 +9,7 @@ import pytest
 
 from kvrag.bench.retrieval import RetrievalOptions, load_pool, measures, run
 from kvrag.errors import InputError
-from tests.tiny import make_tiny_embedder
+from tests.tiny import make_tiny_cross_encoder, make_tiny_embedder
 
 
 def test_measures():
@@ -61,6 +61,14 @@ def test_what_it_prints(folder, capsys):
     again = run(folder, embedder, options)
     assert again["means"] == result["means"]
     assert kept.stat().st_mtime_ns == stamp
+
+
+def test_a_cross_encoder_is_measured_beside(folder):
+    embedder = str(make_tiny_embedder(folder / "embedder"))
+    model = str(make_tiny_cross_encoder(folder / "cross_encoder"))
+    result = run(folder, embedder, RetrievalOptions("all", 5, timed=1, cross_encoder=model))
+    assert set(result["hybrid_minus"]) == {"bm25", "lexical", "dense", "reranked"}
+    assert set(result["latency"]) == {"embedding", "lexical", "dense", "hybrid", "reranked"}
 
 
 def test_data_of_another_form(folder):

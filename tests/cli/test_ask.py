@@ -62,7 +62,7 @@ def test_every_generation_option_reaches_the_engine(kvrag, passages, monkeypatch
         "ask", "Who?", "--k", 3, "--strategy", "reuse", "--ratio", 0.5, "--max-tokens", 7,
         "--temperature", 0.7, "--top-p", 0.9, "--top-k", 5, "--seed", 11, "--stop", "a",
         "--stop", "b", "--per-token", "--search", "dense", "--where", '{"a": 1}',
-        "--mmr", 0.5,
+        "--mmr", 0.5, "--rerank", "cross_encoder",
     )  # fmt: skip
     assert result.code == 130
     assert seen == {
@@ -71,7 +71,7 @@ def test_every_generation_option_reaches_the_engine(kvrag, passages, monkeypatch
         "k": 3,
         "strategy": "reuse",
         "ratio": 0.5,
-        "search": Search("dense", {"a": 1}, 0.5),
+        "search": Search("dense", {"a": 1}, 0.5, "cross_encoder"),
         "per_token": True,
         "max_tokens": 7,
         "temperature": 0.7,
@@ -90,6 +90,7 @@ def test_every_generation_option_reaches_the_engine(kvrag, passages, monkeypatch
         (("--where", "[1]"), "a JSON object is needed"),
         (("--where", '{"a": {"like": 1}}'), "allowed are eq, in"),
         (("--mmr", 2), "from 0 to 1"),
+        (("--rerank", "bert"), "allowed are none, cross_encoder"),
     ],
 )
 def test_a_search_is_refused_before_the_model_is_opened(kvrag, options, reason, monkeypatch):

@@ -5,10 +5,16 @@ from __future__ import annotations
 import pytest
 
 from kvrag import Engine, Settings
-from kvrag.errors import EmptyCorpusError, InputError, NothingFoundError, SettingsError
-from kvrag.retrieval import Document
+from kvrag.errors import (
+    EmptyCorpusError,
+    InputError,
+    ModelNotFoundError,
+    NothingFoundError,
+    SettingsError,
+)
+from kvrag.retrieval import CrossEncoderReranker, Document, render_chunk
 from kvrag.searching import Search
-from tests.tiny import make_tiny_embedder, make_tiny_model
+from tests.tiny import make_tiny_cross_encoder, make_tiny_embedder, make_tiny_model
 
 DOCUMENTS = [
     Document("Anna keeps the lamp of Karsk.", title="Karsk", metadata={"year": 1921}),
@@ -83,6 +89,7 @@ def test_nothing_found_is_no_empty_corpus(engine):
         (lambda: Search("bm25"), "'bm25'; allowed are hybrid, dense, lexical"),
         (lambda: Search(where={}), "one field or more"),
         (lambda: Search(where={"a": {"like": 1}}), "allowed are eq, in"),
+        (lambda: Search(rerank="bert"), "'bert'; allowed are none, cross_encoder"),
         (lambda: Search(mmr=1.5), "from 0 to 1"),
         (lambda: Search(mmr=True), "from 0 to 1"),
         (lambda: Search(mmr=float("nan")), "from 0 to 1"),
@@ -100,9 +107,42 @@ def test_what_does_not_go_together(engine):
         engine.retrieve(QUESTION, search="words")
     with pytest.raises(SettingsError, match="'search'"):
         Settings(search="words")
+    with pytest.raises(SettingsError, match="needs the setting cross_encoder"):
+        Settings(rerank="cross_encoder")
 
 
 def test_continuations_are_scored_over_what_a_search_finds(engine):
     one = engine.logprobs(QUESTION, continuation="Anna", search=Search(where={"year": 1921}))
     other = engine.logprobs(QUESTION, continuation="Anna", search=Search(where={"year": 1950}))
     assert (one - other).abs().max() > 1e-4
+
+
+def test_the_settings_cross_encoder_orders_what_was_found(engine, settings, tmp_path):
+    folder = make_tiny_cross_encoder(tmp_path / "cross_encoder")
+    texts = [render_chunk(document.title, document.text) for document in DOCUMENTS]
+    scores = CrossEncoderReranker(folder).scores(QUESTION, texts)
+    best = DOCUMENTS[int(scores.argmax())].title
+    values = settings.model_dump() | {"home": settings.home, "cross_encoder": str(folder)}
+    with Engine(Settings(**values), model=engine.model) as other:
+        (first,) = other.retrieve(QUESTION, k=1, search=Search(rerank="cross_encoder"))
+        assert first.chunk.title == best
+        assert first.score == pytest.approx(float(scores.max()), abs=1e-5)
+        assert titles(other.retrieve(QUESTION)) == titles(engine.retrieve(QUESTION))
+        reranked = Search(rerank="cross_encoder")
+        answer = other.answer(QUESTION, k=1, search=reranked, max_tokens=1)
+        assert answer.sources[0].title == best
+    with Engine(Settings(**values | {"rerank": "cross_encoder"}), model=engine.model) as other:
+        assert titles(other.retrieve(QUESTION, k=1)) == [best]
+        unranked = other.retrieve(QUESTION, search=Search(rerank="none"))
+        assert titles(unranked) == titles(engine.retrieve(QUESTION))
+
+
+def test_reranking_without_a_cross_encoder_is_refused(engine, settings, tmp_path):
+    with pytest.raises(InputError, match="the setting cross_encoder names none"):
+        engine.retrieve(QUESTION, search=Search(rerank="cross_encoder"))
+    values = settings.model_dump() | {"home": settings.home, "cross_encoder": str(tmp_path / "no")}
+    with (
+        Engine(Settings(**values), model=engine.model) as other,
+        pytest.raises(ModelNotFoundError, match="neither a folder nor a hub"),
+    ):
+        other.retrieve(QUESTION, search=Search(rerank="cross_encoder"))

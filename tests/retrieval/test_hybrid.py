@@ -128,3 +128,37 @@ def test_mmr_passes_over_copies(opened):
     assert varied[1][0] in {"mine", "zz"}
     assert varied[1][1].score == varied[1][1].match.cosine
     assert found(opened, "xyzzy", mode="lexical", mmr=0.5) == []
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "dense", "lexical"])
+def test_a_reranker_orders_more_than_k(opened, mode):
+    """It puts the last of what was found first; a chunk that it knows no more is not found."""
+    found_before = [name for name, _ in found(opened, QUESTION, k=20, mode=mode)]
+    _, names, _ = opened
+    asked = []
+
+    def rerank(question, ids):
+        asked.append((question, [names[i] for i in ids]))
+        return [None if place == 0 else 0.5 * place for place in range(len(ids))]
+
+    hits = found(opened, QUESTION, k=1, mode=mode, rerank=rerank)
+    assert asked == [(QUESTION, found_before)]
+    assert [name for name, _ in hits] == [found_before[-1]]
+    assert hits[0][1].score == 0.5 * (len(found_before) - 1)
+    everything = found(opened, QUESTION, k=20, mode=mode, rerank=rerank)
+    assert [name for name, _ in everything] == found_before[:0:-1]
+    tied = found(opened, QUESTION, k=20, mode=mode, rerank=lambda _, ids: [1.0] * len(ids))
+    assert [name for name, _ in tied] == found_before
+
+
+def test_mmr_takes_a_rerankers_scores_for_relevance(opened):
+    def rerank(_, ids):
+        return [float(place) for place in range(len(ids))]
+
+    plain = found(opened, QUESTION, k=3, mode="dense", rerank=rerank)
+    varied = found(opened, QUESTION, k=3, mode="dense", rerank=rerank, mmr=0.99)
+    assert varied[0][0] == plain[0][0]
+
+
+def test_nothing_found_is_not_reranked(opened):
+    assert found(opened, "xyzzy", mode="lexical", rerank=lambda *_: 1 / 0) == []

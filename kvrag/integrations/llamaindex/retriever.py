@@ -32,7 +32,8 @@ class KVRagRetriever(BaseRetriever):
     Args:
         source: an `Engine`, or the URL of a server.
         k: chunks to retrieve; None is the engine's setting.
-        search, where, mmr: how they are found, see docs/retrieval.md; None is the engine's setting.
+        search, where, mmr, rerank: how they are found, see docs/retrieval.md; None is the engine's
+            setting.
         prefetch: whether to load the chunks' KV at once.
         client: options of `KVRagClient`, over a URL.
     """
@@ -45,6 +46,7 @@ class KVRagRetriever(BaseRetriever):
         search: str | None = None,
         where: dict[str, Any] | None = None,
         mmr: float | None = None,
+        rerank: str | None = None,
         prefetch: bool = False,
         callback_manager: CallbackManager | None = None,
         **client: Any,
@@ -55,6 +57,7 @@ class KVRagRetriever(BaseRetriever):
             "search": search,
             "where": where,
             "mmr": mmr,
+            "rerank": rerank,
             "prefetch": prefetch,
         }
         super().__init__(callback_manager=callback_manager)
