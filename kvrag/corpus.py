@@ -30,8 +30,8 @@ from kvrag.retrieval.catalog import (
 from kvrag.retrieval.chunking import Chunker, render_chunk
 from kvrag.retrieval.documents import Document
 from kvrag.retrieval.embedder import Embedder, open_embedder
-from kvrag.retrieval.errors import CatalogError
-from kvrag.retrieval.hybrid import Found, HybridSearch
+from kvrag.retrieval.errors import CatalogError, RetrievalError
+from kvrag.retrieval.hybrid import DenseIndex, Found, HybridSearch
 from kvrag.retrieval.index import IndexRule, VectorIndex
 from kvrag.retrieval.reranker import CrossEncoderReranker, Reranker
 from kvrag.searching import Search
@@ -42,6 +42,9 @@ _log = logging.getLogger(__name__)
 
 #: Chunks whose vectors are made together when a home is opened with another embedder.
 _BATCH = 64
+
+#: Opens what takes the vector index's place.
+OpenIndex = Callable[[Catalog, str, Embedder], DenseIndex]
 
 
 _EMBEDDER, _CHUNK_TOKENS = "embedder", "chunk_tokens"
@@ -80,7 +83,7 @@ class Corpus:
         embedder: str | Embedder,
         cross_encoder: str | None = None,
         chunk_tokens: int,
-        index: IndexRule,
+        index: IndexRule | OpenIndex,
         replace: Callable[[Callable[[], DeletedDocument | None]], bool],
     ) -> None:
         """embedder: one, or the name of one. cross_encoder: its folder or hub id.
@@ -89,12 +92,12 @@ class Corpus:
         """
         self._catalog, self._index_dir, self._tokenizer = catalog, index_dir, tokenizer
         self._namespace, self._chosen_embedder = namespace, embedder
-        self._chunk_tokens, self._index_rule, self._replace = chunk_tokens, index, replace
+        self._chunk_tokens, self._index, self._replace = chunk_tokens, index, replace
         self._cross_encoder = cross_encoder
         self._reranker: Reranker | None = None
         self._made_with = MadeWith(catalog, namespace)
         self._lock = threading.RLock()
-        self._opened: tuple[Embedder, VectorIndex] | None = None
+        self._opened: tuple[Embedder, DenseIndex] | None = None
         self._chunker: Chunker | None = None
         self._hybrid = HybridSearch(catalog, namespace, self._open)
 
@@ -280,7 +283,7 @@ class Corpus:
         if opened is not None and len(opened[1]):
             try:
                 opened[1].save(now=True)
-            except CatalogError as exc:
+            except RetrievalError as exc:
                 _log.warning("the vector index was not saved: %s", exc)
 
     def _has_content(self, stored: StoredDocument, document: Document) -> bool:
@@ -311,27 +314,31 @@ class Corpus:
                 self._chosen_embedder = open_embedder(self._chosen_embedder)
             return self._chosen_embedder
 
-    def _open(self) -> tuple[Embedder, VectorIndex]:
+    def _open(self) -> tuple[Embedder, DenseIndex]:
         with self._lock:
             if self._opened is None:
                 embedder = self._embedder()
                 self._made_with.check(_EMBEDDER, embedder.fingerprint)
                 self._fill_vectors(embedder)
-                name = f"{embedder.fingerprint}.faiss"
-                index = VectorIndex.open(
-                    self._index_dir / self._catalog_name() / name,
-                    self._catalog,
-                    self._namespace,
-                    embedder.fingerprint,
-                    embedder.dim,
-                    self._index_rule,
-                )
+                index = self._opened_index(embedder)
                 if len(index) and not index.is_saved:
                     # Else every process to come makes it anew, and what was deleted without an
                     # engine stays in the file.
                     index.save()
                 self._opened = (embedder, index)
             return self._opened
+
+    def _opened_index(self, embedder: Embedder) -> DenseIndex:
+        if not isinstance(self._index, IndexRule):
+            return self._index(self._catalog, self._namespace, embedder)
+        return VectorIndex.open(
+            self._index_dir / self._catalog_name() / f"{embedder.fingerprint}.faiss",
+            self._catalog,
+            self._namespace,
+            embedder.fingerprint,
+            embedder.dim,
+            self._index,
+        )
 
     def _catalog_name(self) -> str:
         """A folder name for the namespace: its bytes in hex, so that none names a path."""

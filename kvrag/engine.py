@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 
@@ -68,6 +68,7 @@ from kvrag.references import References
 from kvrag.retrieval.catalog import Catalog, Counts, StoredDocument
 from kvrag.retrieval.documents import Document
 from kvrag.retrieval.embedder import Embedder
+from kvrag.retrieval.hybrid import DenseIndex
 from kvrag.retrieval.index import IndexRule
 from kvrag.retrieval.loaders import ReadWhole, Skipped
 from kvrag.retriever import RetrievedChunk
@@ -80,6 +81,9 @@ from kvrag.store.tiered import StoreStats, TieredStore
 from kvrag.stream import AnswerStream, Context
 from kvrag.text import check_text
 from kvrag.tiers import open_sealer, tier_slots
+
+if TYPE_CHECKING:
+    from langchain_core.vectorstores import VectorStore
 
 __all__ = ["Engine"]
 
@@ -104,9 +108,13 @@ class Engine:
         *,
         model: Model | None = None,
         embedder: Embedder | None = None,
+        vectors: VectorStore | None = None,
     ) -> None:
         """Use `Engine.open`. `model`: one that is open already for these settings."""
         self.settings = settings
+        self._vectors = vectors
+        if vectors is not None:
+            embedder = _embedder_of(vectors, embedder)
         #: What the corpus is searched with: an embedder, or the name of one.
         self.embedder: Embedder | str = settings.embedder if embedder is None else embedder
         self.blending = Blending()
@@ -164,16 +172,26 @@ class Engine:
             raise
 
     @classmethod
-    def open(cls, settings: Settings | None = None, *, embedder: Embedder | None = None) -> Self:
+    def open(
+        cls,
+        settings: Settings | None = None,
+        *,
+        embedder: Embedder | None = None,
+        vectors: VectorStore | None = None,
+    ) -> Self:
         """Open model and store; converts a packaged or GGUF model on first use.
 
         Args:
             embedder: one of the caller's own, instead of the setting's.
+            vectors: a LangChain vector store in the place of the vector index, whose embeddings
+                are the embedder: docs/langchain.md.
 
         Raises:
+            InputError: embedder and vectors, or a vector store without embeddings.
             ModelError, SettingsError, StoreError: the message says which file or setting.
         """
-        return cls(settings if settings is not None else Settings(), embedder=embedder)
+        settings = settings if settings is not None else Settings()
+        return cls(settings, embedder=embedder, vectors=vectors)
 
     # ---- questions -------------------------------------------------------------------------------
 
@@ -620,7 +638,7 @@ class Engine:
         return self._corpus.get()
 
     def _new_corpus(self) -> OpenedCorpus:
-        settings = self.settings
+        settings, vectors = self.settings, self._vectors
         corpus = Corpus(
             self._catalog,
             self._home.index,
@@ -629,7 +647,7 @@ class Engine:
             embedder=self.embedder,
             cross_encoder=settings.cross_encoder,
             chunk_tokens=settings.chunk_tokens,
-            index=IndexRule(settings.index),
+            index=IndexRule(settings.index) if vectors is None else partial(_in_store, vectors),
             replace=self._references.replace_document,
         )
         return OpenedCorpus(settings, corpus, self._fixed, self.store, self._blocks)
@@ -788,6 +806,22 @@ class Engine:
                 f"between 0 and {vocab - 1}"
             )
         return token_ids
+
+
+def _embedder_of(vectors: VectorStore, embedder: Embedder | None) -> Embedder:
+    from kvrag.integrations.langchain.vectors import embedder_of
+
+    if embedder is not None:
+        raise InputError("give embedder or vectors, not both: a vector store brings its embeddings")
+    return embedder_of(vectors)
+
+
+def _in_store(
+    vectors: VectorStore, catalog: Catalog, namespace: str, embedder: Embedder
+) -> DenseIndex:
+    from kvrag.integrations.langchain.vectors import StoredVectors
+
+    return StoredVectors(vectors, catalog, namespace, embedder)
 
 
 def _names_ratio(strategy: object) -> bool:

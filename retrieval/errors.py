@@ -5,6 +5,7 @@
     ├── CatalogError       the SQLite catalog is locked, damaged, read-only, full or too new
     ├── EmbedderError      the embedding model is absent, unusable or gave unusable vectors
     ├── RerankerError      the cross-encoder is absent, unusable or gave unusable scores
+    ├── VectorStoreError   a vector store that takes the vector index's place fails
     ├── FilterError        also ValueError: a filter over metadata that cannot be applied
     └── MissingExtraError  also ImportError: an optional library is not installed
 
@@ -24,6 +25,7 @@ __all__ = [
     "MissingExtraError",
     "RerankerError",
     "RetrievalError",
+    "VectorStoreError",
 ]
 
 
@@ -45,6 +47,10 @@ class EmbedderError(RetrievalError):
 
 class RerankerError(RetrievalError):
     """The cross-encoder is absent or unusable."""
+
+
+class VectorStoreError(RetrievalError):
+    """A vector store in the place of the vector index is out, or refuses what it is given."""
 
 
 class FilterError(RetrievalError, ValueError):

@@ -10,18 +10,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from .catalog import Catalog
 from .embedder import Embedder
-from .index import VectorIndex
 from .lexical import LexicalIndex
 from .ranking import marginal_relevance, reciprocal_rank
 from .where import Where
 
-__all__ = ["Found", "HybridSearch", "Match", "Rerank"]
+__all__ = ["DenseIndex", "Found", "HybridSearch", "Match", "Rerank"]
 
 #: Of each ranking that is fused, and of what MMR chooses from. Deeper changes the first ten little.
 _DEPTH = 100
@@ -54,7 +54,28 @@ class Found:
     match: Match
 
 
-Dense = Callable[[], tuple[Embedder, VectorIndex]]
+class DenseIndex(Protocol):
+    """What finds chunks by meaning: `VectorIndex`, which has the contract, or what replaces it."""
+
+    @property
+    def is_saved(self) -> bool: ...
+
+    def __len__(self) -> int: ...
+
+    def refresh(self) -> bool: ...
+
+    def save(self, *, now: bool = False) -> bool: ...
+
+    def search(
+        self,
+        vector: npt.NDArray[np.float32],
+        k: int,
+        *,
+        allowed: npt.NDArray[np.int64] | None = None,
+    ) -> list[tuple[int, float]]: ...
+
+
+Dense = Callable[[], tuple[Embedder, DenseIndex]]
 #: A question and ids of chunks to scores in the same order, larger ones better; None for a chunk
 #: that was deleted since.
 Rerank = Callable[[str, Sequence[int]], Sequence[float | None]]
@@ -118,7 +139,7 @@ class HybridSearch:
             ranked = self._thinned(ranked, k, mmr)
         return self._matched(ranked[:k], dense, lexical, vector)
 
-    def _index(self) -> VectorIndex:
+    def _index(self) -> DenseIndex:
         _, index = self._dense()
         index.refresh()
         return index

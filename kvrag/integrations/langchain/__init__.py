@@ -17,6 +17,13 @@ except ImportError as exc:
 from kvrag.integrations.langchain.chat import ChatKVRag
 from kvrag.integrations.langchain.embedder import LangChainEmbedder
 from kvrag.integrations.langchain.retriever import KVRagRetriever
+from kvrag.integrations.langchain.vectors import KVRagEmbeddings
 from kvrag.integrations.langchain.vectorstore import KVRagVectorStore
 
-__all__ = ["ChatKVRag", "KVRagRetriever", "KVRagVectorStore", "LangChainEmbedder"]
+__all__ = [
+    "ChatKVRag",
+    "KVRagEmbeddings",
+    "KVRagRetriever",
+    "KVRagVectorStore",
+    "LangChainEmbedder",
+]
