@@ -189,7 +189,8 @@ def _tuned(
         if _recall(found, true[::2]) >= options.recall:
             break
     yield _point(index, flat, asked, true, "even half", index.effort, cost)
-    index.effort = default
+    if isinstance(index, Hnsw):
+        index.effort = None  # of its size then
 
 
 def _point(

@@ -17,9 +17,9 @@ __all__ = ["Hnsw"]
 
 _NEIGHBOURS = 32  # M of the paper
 _EF_CONSTRUCTION = 100
-#: Candidates of a search. As many as a million vectors in dense clusters need, where 128 do for a
-#: tenth of that: `kvrag bench index` tells what recall and time they give.
-_EF_SEARCH = 1536
+#: Candidates of a search: a share of all vectors, within bounds. In dense clusters a million need
+#: 1,536 of them where 128 do for a tenth of that (`kvrag bench index`, docs/retrieval.md).
+_EF_EACH_MILLION, _LEAST_EF, _MOST_EF = 1536, 128, 2048
 #: So many rows are gone through one by one, which takes no longer than a graph where few of those
 #: that are met may be found.
 _EXACT_ROWS = 150_000
@@ -27,19 +27,29 @@ _SLACK = 16
 
 
 class Hnsw:
-    """A `Structure` over FAISS's IndexHNSWFlat. `effort`: ef of a search, at least."""
+    """A `Structure` over FAISS's IndexHNSWFlat."""
 
     kind: ClassVar[IndexKind] = "hnsw"
 
     def __init__(self, faiss: Any, index: Any) -> None:
         self._faiss, self.index = faiss, index
-        self.effort = _EF_SEARCH
+        self._effort: int | None = None
 
     @classmethod
     def empty(cls, faiss: Any, dim: int) -> Hnsw:
         index = faiss.IndexHNSWFlat(dim, _NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = _EF_CONSTRUCTION
         return cls(faiss, index)
+
+    @property
+    def effort(self) -> int:
+        """Candidates of a search (ef), at least; set it to have others than its size asks for."""
+        wanted = self.index.ntotal * _EF_EACH_MILLION // 10**6
+        return self._effort or min(max(_LEAST_EF, wanted), _MOST_EF)
+
+    @effort.setter
+    def effort(self, candidates: int | None) -> None:
+        self._effort = candidates
 
     @staticmethod
     def fits(faiss: Any, index: Any) -> bool:
