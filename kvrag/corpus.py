@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -86,7 +87,7 @@ class Corpus:
         index: IndexRule | OpenIndex,
         replace: Callable[[Callable[[], DeletedDocument | None]], bool],
     ) -> None:
-        """embedder: one, or the name of one. cross_encoder: its folder or hub id.
+        """index_dir: the namespace's. embedder: one, or its name. cross_encoder: folder or hub id.
 
         replace: runs what may replace a document.
         """
@@ -270,6 +271,26 @@ class Corpus:
     def documents(self, limit: int, offset: int) -> list[StoredDocument]:
         return self._catalog.documents(self._namespace, limit, offset)
 
+    @property
+    def embedder(self) -> Embedder:
+        """What the corpus is searched with. Raises CorpusSettingsError if another made it."""
+        embedder = self._embedder()
+        self._made_with.check(_EMBEDDER, embedder.fingerprint)
+        return embedder
+
+    @property
+    def index_is_saved(self) -> bool:
+        """Whether the index in its file is that of the catalog; opens it. See `VectorIndex`."""
+        with self._lock:
+            self._opened = None
+            return self._opened_index(self.embedder).is_saved
+
+    def forget_index(self) -> None:
+        """Vectors were replaced: who searches next makes the index of all of them."""
+        with self._lock:
+            self._opened = None
+            shutil.rmtree(self._index_dir, ignore_errors=True)  # a cache
+
     def save(self) -> None:
         """Bring the vector index up to date, if it was opened, and write it if much has changed."""
         with self._lock:
@@ -317,8 +338,7 @@ class Corpus:
     def _open(self) -> tuple[Embedder, DenseIndex]:
         with self._lock:
             if self._opened is None:
-                embedder = self._embedder()
-                self._made_with.check(_EMBEDDER, embedder.fingerprint)
+                embedder = self.embedder
                 self._fill_vectors(embedder)
                 index = self._opened_index(embedder)
                 if len(index) and not index.is_saved:
@@ -332,17 +352,13 @@ class Corpus:
         if not isinstance(self._index, IndexRule):
             return self._index(self._catalog, self._namespace, embedder)
         return VectorIndex.open(
-            self._index_dir / self._catalog_name() / f"{embedder.fingerprint}.faiss",
+            self._index_dir / f"{embedder.fingerprint}.faiss",
             self._catalog,
             self._namespace,
             embedder.fingerprint,
             embedder.dim,
             self._index,
         )
-
-    def _catalog_name(self) -> str:
-        """A folder name for the namespace: its bytes in hex, so that none names a path."""
-        return self._namespace.encode().hex()
 
     def _fill_vectors(self, embedder: Embedder) -> None:
         """Vectors of this embedder for chunks that were added with another."""

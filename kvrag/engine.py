@@ -34,6 +34,7 @@ from kvrag.blocks import (
 )
 from kvrag.config import Settings
 from kvrag.conversation import Conversation, Message
+from kvrag.corpora.parts import CorpusParts
 from kvrag.corpus import Corpus
 from kvrag.encoded_texts import EncodedTexts
 from kvrag.errors import (
@@ -480,6 +481,21 @@ class Engine:
         """Compute the KV that the corpus lacks for this model. As `add`, without documents."""
         return self._job().run(None, report, self._unless_closed(cancelled))
 
+    def corpus_parts(self) -> CorpusParts:
+        """What the corpus is made of, for whoever checks, exports or imports one."""
+        corpus, blocks, _ = self._open_corpus()
+        return CorpusParts(
+            self.settings,
+            self._home,
+            self.model,
+            self._catalog,
+            self._references,
+            self.store,
+            corpus,
+            blocks,
+            self._blocks_in,
+        )
+
     def retrieve(
         self,
         question: str,
@@ -622,13 +638,16 @@ class Engine:
         return PlacedBlocks(first, later, self.store.locate)
 
     def _blocks_behind(self, prefix_ids: Sequence[int]) -> ChunkBlocks:
+        return self._blocks_in(self.settings.namespace, self._codec, prefix_ids)
+
+    def _blocks_in(self, namespace: str, codec: Codec, prefix_ids: Sequence[int]) -> ChunkBlocks:
         return ChunkBlocks(
             self.model,
             self.store,
             self._keys,
-            self._codec,
+            codec,
             self._prefixes,
-            namespace=self.settings.namespace,
+            namespace=namespace,
             prefix_ids=prefix_ids,
             flights=self._flights,
         )
@@ -641,7 +660,7 @@ class Engine:
         settings, vectors = self.settings, self._vectors
         corpus = Corpus(
             self._catalog,
-            self._home.index,
+            self._home.corpus_index(settings.namespace),
             self.model.tokenizer,
             namespace=settings.namespace,
             embedder=self.embedder,

@@ -12,6 +12,9 @@
     │   ├── ModelNotFoundError
     │   └── UnsupportedModelError  a family, RoPE variant or option that is refused by name
     ├── MissingExtraError        an optional dependency is not installed; names the extra
+    ├── CorpusFileError          an exported corpus that cannot be written, read or trusted
+    ├── CorpusBusyError          another process works on the corpus
+    ├── DamagedCorpusError       what a corpus consists of does not agree
     ├── ClosedError              the engine was closed
     └── BusyError                the queue of requests is full
 
@@ -24,7 +27,10 @@ from __future__ import annotations
 __all__ = [
     "BusyError",
     "ClosedError",
+    "CorpusBusyError",
+    "CorpusFileError",
     "CorpusSettingsError",
+    "DamagedCorpusError",
     "EmptyCorpusError",
     "InputError",
     "KvragError",
@@ -85,6 +91,18 @@ class UnsupportedModelError(ModelError):
 
 class MissingExtraError(KvragError, ImportError):
     """An optional dependency is needed; the message names the extra that brings it."""
+
+
+class CorpusFileError(KvragError):
+    """The file of an exported corpus cannot be written, or is damaged, cut short or made up."""
+
+
+class CorpusBusyError(KvragError):
+    """Another process works on the corpus; try again when it has finished."""
+
+
+class DamagedCorpusError(KvragError):
+    """Parts of a corpus lack or contradict one another; `kvrag corpus verify --repair` mends it."""
 
 
 class ClosedError(KvragError):

@@ -38,6 +38,10 @@ class Home:
         """The folder of vector indexes."""
         return self.path / "index"
 
+    def corpus_index(self, namespace: str) -> Path:
+        """The folder of a namespace's indexes: its bytes in hex, so that none names a path."""
+        return self.index / namespace.encode().hex()
+
     @property
     def kv(self) -> Path:
         """The folder of the disk tier."""
@@ -52,6 +56,16 @@ class Home:
         """What a job on a corpus holds, so that a second one waits."""
         name = f"{namespace.encode().hex()}-{shard.replace('/', '-of-')}.lock"
         return self.path / "jobs" / name
+
+    def job_locks(self, namespace: str) -> list[Path]:
+        """What all jobs on a corpus hold or held, of every shard."""
+        known = (self.path / "jobs").glob(f"{namespace.encode().hex()}-*.lock")
+        return sorted({self.job_lock(namespace, "1/1"), *known})
+
+    @property
+    def import_lock(self) -> Path:
+        """What an import holds: its blocks are nobody's until its documents are there."""
+        return self.path / "jobs" / "import.lock"
 
     def referred_keys(self) -> set[BlockKey] | None:
         """Blocks that a corpus of the home refers to; None without a catalog."""

@@ -105,6 +105,13 @@ class References:
             self._unprotect(deleted)
         return self._forget(deleted)
 
+    def drop_namespace(self, namespace: str) -> None:
+        """Delete a namespace as `Catalog.drop_namespace` does, and the blocks that it leaves."""
+        with self._lock:
+            orphans = self._catalog.drop_namespace(namespace)
+            self._store.unprotect(map(BlockKey.parse, orphans))
+        self._delete(orphans)
+
     def _unprotect(self, deleted: DeletedDocument | None) -> None:
         if deleted is not None:
             self._store.unprotect(map(BlockKey.parse, deleted.orphaned_block_keys))

@@ -18,7 +18,7 @@ from kvrag.store.sealing import Sealer
 from kvrag.store.tier import Tier
 from kvrag.store.tiered import Limits, TierSlot
 
-__all__ = ["open_redis", "open_sealer", "open_tier", "sealer_of", "tier_slots"]
+__all__ = ["open_disk", "open_redis", "open_sealer", "open_tier", "sealer_of", "tier_slots"]
 
 
 def open_sealer(settings: Settings) -> Sealer | None:
@@ -107,6 +107,17 @@ def open_tier(settings: Settings, name: str) -> Tier:
     if settings.redis_url is None:
         raise SettingsError("redis is asked for, and setting 'redis_url' names none")
     return open_redis(settings, settings.redis_url.get_secret_value())
+
+
+def open_disk(settings: Settings) -> Tier:
+    """The home's disk, its blocks opened with the key of the settings if they have one.
+
+    Raises:
+        MissingExtraError, EncryptionKeyError: as `open_sealer`.
+        TierError: the home's disk cannot be used.
+    """
+    sealer, disk = open_sealer(settings), open_tier(settings, "disk")
+    return disk if sealer is None else SealedTier(disk, sealer)
 
 
 def open_redis(settings: Settings, url: str, *, name: str = "redis") -> RedisTier:

@@ -47,9 +47,7 @@ def begin_table(db: sqlite3.Connection, namespace: str) -> tuple[str, int]:
     ).fetchone()
     if row is not None and row[1] == TERMS_VERSION:
         return f"lexical_{row[0]}", row[2]
-    if row is not None:
-        db.execute(f"DROP TABLE lexical_{row[0]}")
-        db.execute("DELETE FROM lexical_tables WHERE number = ?", (row[0],))
+    drop_table(db, namespace)
     number = db.execute(
         "INSERT INTO lexical_tables (namespace, version, filled_to) VALUES (?, ?, 0)",
         (namespace, TERMS_VERSION),
@@ -58,6 +56,16 @@ def begin_table(db: sqlite3.Connection, namespace: str) -> tuple[str, int]:
         f'CREATE VIRTUAL TABLE lexical_{number} USING fts5(title, text, tokenize = "{_TOKENIZER}")'
     )
     return f"lexical_{number}", 0
+
+
+def drop_table(db: sqlite3.Connection, namespace: str) -> None:
+    """Delete the table, if there is one. In a transaction."""
+    row = db.execute(
+        "SELECT number FROM lexical_tables WHERE namespace = ?", (namespace,)
+    ).fetchone()
+    if row is not None:
+        db.execute(f"DROP TABLE lexical_{row[0]}")
+        db.execute("DELETE FROM lexical_tables WHERE number = ?", (row[0],))
 
 
 def fill(db: sqlite3.Connection, table: str, namespace: str, rows: Iterable[Row]) -> None:

@@ -43,6 +43,14 @@ class Origins(CatalogFile):
         )
         return {document_id for (document_id,) in rows}
 
+    def origins_of(self, namespace: str, document_id: str) -> list[str]:
+        """Every file that a document came from, ascending; '' is from none."""
+        rows = self._rows(
+            "SELECT origin FROM origins WHERE namespace = ? AND document_id = ? ORDER BY origin",
+            (namespace, document_id),
+        )
+        return [origin for (origin,) in rows]
+
     def origins(self, namespace: str) -> Iterator[str]:
         """Yield every file that documents came from, once, ascending."""
         after = ""

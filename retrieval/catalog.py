@@ -8,9 +8,8 @@ after a crash at any instant it is there whole or not at all.
 from __future__ import annotations
 
 import json
-import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,22 @@ import numpy as np
 import numpy.typing as npt
 
 from ._block_refs import BlockRefs
-from ._catalog_file import BATCH_ROWS, check_name
+from ._catalog_file import check_name
+from ._corpora import Corpora
 from ._lexical_table import begin_table, fill, forget, table_of
 from ._origins import Origins
 from ._sqlite import translated, write_backup
-from ._vector_changes import LARGEST_STEP, VectorChanges, changed_ranges, is_known, record
+from ._vectors import checked_vectors
 from .documents import Document
 from .errors import CatalogError
-from .records import ChunkInput, Counts, DeletedDocument, StoredChunk, StoredDocument
+from .records import (
+    ChunkInput,
+    Counts,
+    DeletedDocument,
+    DocumentCopy,
+    StoredChunk,
+    StoredDocument,
+)
 from .where import Where
 
 __all__ = [
@@ -38,10 +45,9 @@ __all__ = [
 ]
 
 _TOKEN_DTYPE = np.dtype("<u4")
-_VECTOR_DTYPE = np.dtype("<f4")
 
 
-class Catalog(BlockRefs, Origins):
+class Catalog(BlockRefs, Corpora, Origins):
     """Thread-safe: one connection behind one lock, held for one statement or transaction.
 
     Several processes may have the same file open; a writer waits `busy_timeout_s` for another.
@@ -72,47 +78,62 @@ class Catalog(BlockRefs, Origins):
         the namespace. Raises ValueError for inputs that do not line up.
         """
         check_name("namespace", namespace)
-        matrix = _checked_vectors(vectors, len(chunks))
-        if not chunks:
-            raise ValueError("a document has at least one chunk")
-        token_blobs = [_token_blob(chunk.token_ids) for chunk in chunks]
-        metadata = _metadata_text(document)
-        with self.writing() as db:
-            inserted = db.execute(
-                "INSERT INTO documents (namespace, id, title, source, metadata, added_at) "
-                "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-                (namespace, document.id, document.title, document.source, metadata, time.time()),
-            )
-            if inserted.rowcount == 0:
+        matrix = checked_vectors(vectors, len(chunks))
+        text = document.text if document.is_named else None
+        metadata = _metadata_text(document.metadata)
+        row = (document.id, document.title, document.source, metadata, time.time())
+        with self.writing():
+            if not self._insert_document(namespace, row, text):
                 return False
-            if document.is_named:
-                db.execute(
-                    "INSERT INTO document_texts VALUES (?, ?, ?)",
-                    (namespace, document.id, document.text),
-                )
             self._check_dim(namespace, embedder, matrix.shape[1])
-            words = self._lexical_table(namespace)
-            chunk_ids: list[int] = []
-            for ordinal, chunk in enumerate(chunks):
-                chunk_id = db.execute(
-                    "INSERT INTO chunks (namespace, document_id, ordinal, title, text) "
-                    "VALUES (?, ?, ?, ?, ?)",
-                    (namespace, document.id, ordinal, chunk.title, chunk.text),
-                ).lastrowid
-                db.execute(
-                    "INSERT INTO chunk_tokens (chunk_id, namespace, tokenizer, token_ids) "
-                    "VALUES (?, ?, ?, ?)",
-                    (chunk_id, namespace, tokenizer, token_blobs[ordinal]),
-                )
-                db.execute(
-                    "INSERT INTO vectors (namespace, embedder, chunk_id, vector) "
-                    "VALUES (?, ?, ?, ?)",
-                    (namespace, embedder, chunk_id, matrix[ordinal].tobytes()),
-                )
-                chunk_ids.append(int(chunk_id or 0))
-                if words is not None:
-                    fill(db, words, namespace, [(chunk_ids[-1], chunk.title, chunk.text)])
+            chunk_ids = self._insert_chunks(
+                namespace, document.id, chunks, tokenizer, matrix, embedder
+            )
             self._bump_generation(namespace, chunk_ids)
+        return True
+
+    def restore(
+        self,
+        namespace: str,
+        documents: Iterable[DocumentCopy],
+        settings: Mapping[str, str],
+        *,
+        tokenizer: str,
+        embedder: str,
+    ) -> bool:
+        """Make a namespace of what another catalog's held; False if this one has documents of it.
+
+        In one transaction, which lasts as long as `documents` take to come; what they raise leaves
+        nothing. `settings` are those of the namespace, and replace what it has of their names.
+        Raises ValueError for inputs that do not line up.
+        """
+        check_name("namespace", namespace)
+        with self.writing() as db:
+            if self._rows("SELECT 1 FROM documents WHERE namespace = ? LIMIT 1", (namespace,)):
+                return False
+            for key, value in settings.items():
+                self.set_setting(namespace, key, value)
+            restored: list[int] = []
+            for copy in documents:
+                metadata = _metadata_text(copy.metadata)
+                row = (copy.id, copy.title, copy.source, metadata, copy.added_at)
+                matrix = checked_vectors(copy.vectors, len(copy.chunks))
+                if not self._insert_document(namespace, row, copy.text):
+                    raise ValueError(f"the document {copy.id!r:.80} comes twice")
+                self._check_dim(namespace, embedder, matrix.shape[1])
+                chunk_ids = self._insert_chunks(
+                    namespace, copy.id, copy.chunks, tokenizer, matrix, embedder
+                )
+                db.executemany(
+                    "INSERT INTO origins (namespace, origin, document_id) VALUES (?, ?, ?) "
+                    "ON CONFLICT DO NOTHING",
+                    [(namespace, origin, copy.id) for origin in copy.origins],
+                )
+                restored += chunk_ids
+                for chunk_id, blocks in zip(chunk_ids, copy.blocks, strict=True):
+                    for scope, key in blocks:
+                        self.add_block_ref(key, chunk_id, scope)
+            self._bump_generation(namespace, restored)
         return True
 
     def delete_document(self, namespace: str, document_id: str) -> DeletedDocument | None:
@@ -177,7 +198,7 @@ class Catalog(BlockRefs, Origins):
         with self.writing() as db:
             changed = db.execute(
                 "UPDATE documents SET source = ?, metadata = ? WHERE namespace = ? AND id = ?",
-                (document.source, _metadata_text(document), namespace, document.id),
+                (document.source, _metadata_text(document.metadata), namespace, document.id),
             )
             return changed.rowcount > 0
 
@@ -198,6 +219,15 @@ class Catalog(BlockRefs, Origins):
             (namespace, limit, offset),
         )
         return [_stored_document(row) for row in rows]
+
+    def iter_documents(self, namespace: str) -> Iterator[StoredDocument]:
+        """Yield all of them, in that order."""
+        for row in self._pages(
+            f"{_SELECT_DOCUMENT_AFTER} WHERE d.namespace = ? AND d.sequence > ? "
+            "ORDER BY d.sequence LIMIT ?",
+            (namespace,),
+        ):
+            yield _stored_document(row[1:])
 
     def document(self, namespace: str, document_id: str) -> StoredDocument | None:
         """One document, or None."""
@@ -278,127 +308,6 @@ class Catalog(BlockRefs, Origins):
             )
             return changed.rowcount > 0
 
-    # ---- vectors ------------------------------------------------------------------------------
-
-    def set_vectors(
-        self, chunk_ids: Sequence[int], vectors: npt.NDArray[np.float32], embedder: str
-    ) -> int:
-        """Give chunks vectors of a further embedder; returns how many were stored.
-
-        A chunk that is gone, or has a vector of this embedder already, is left as it is: vectors
-        never change, so an index knows them by chunk id alone.
-        """
-        matrix = _checked_vectors(vectors, len(chunk_ids))
-        num_stored = 0
-        with self.writing() as db:
-            changed: dict[str, list[int]] = {}
-            for chunk_id, vector in zip(chunk_ids, matrix, strict=True):
-                row = db.execute(
-                    "SELECT namespace FROM chunks WHERE id = ?", (int(chunk_id),)
-                ).fetchone()
-                if row is None:
-                    continue
-                if row[0] not in changed:
-                    self._check_dim(row[0], embedder, matrix.shape[1])
-                stored = db.execute(
-                    "INSERT INTO vectors (namespace, embedder, chunk_id, vector) "
-                    "VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
-                    (row[0], embedder, int(chunk_id), vector.tobytes()),
-                ).rowcount
-                changed.setdefault(row[0], []).extend([int(chunk_id)] * stored)
-                num_stored += stored
-            for namespace, ids in changed.items():
-                self._bump_generation(namespace, ids)
-        return num_stored
-
-    def vectors(
-        self, chunk_ids: Sequence[int], embedder: str
-    ) -> list[npt.NDArray[np.float32] | None]:
-        """The chunks' vectors `(dim,)` float32, read-only, in line; None where not stored."""
-        found = {
-            row[0]: np.frombuffer(row[1], dtype=_VECTOR_DTYPE)
-            for row in self._rows_of_ids(
-                "SELECT chunk_id, vector FROM vectors WHERE embedder = ? AND chunk_id IN ({ids})",
-                chunk_ids,
-                embedder,
-            )
-        }
-        return [found.get(int(chunk_id)) for chunk_id in chunk_ids]
-
-    def vector_ids(self, namespace: str, embedder: str) -> npt.NDArray[np.int64]:
-        """The ids of all chunks with a vector, ascending: `(n,)` int64. Reads no vector."""
-        ids = [
-            chunk_id
-            for (chunk_id,) in self._pages(
-                "SELECT chunk_id FROM vectors "
-                "WHERE namespace = ? AND embedder = ? AND chunk_id > ? ORDER BY chunk_id LIMIT ?",
-                (namespace, embedder),
-                batch_rows=16 * BATCH_ROWS,
-            )
-        ]
-        return np.array(ids, dtype=np.int64)
-
-    def iter_vectors(
-        self, namespace: str, embedder: str, *, batch_rows: int = BATCH_ROWS
-    ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
-        """Yield `(ids (n,) int64 ascending, matrix (n, dim) float32)`, n at most `batch_rows`."""
-        after = 0
-        while rows := self._rows(
-            "SELECT chunk_id, vector FROM vectors "
-            "WHERE namespace = ? AND embedder = ? AND chunk_id > ? ORDER BY chunk_id LIMIT ?",
-            (namespace, embedder, after, batch_rows),
-        ):
-            after = rows[-1][0]
-            matrix = np.frombuffer(b"".join(row[1] for row in rows), dtype=_VECTOR_DTYPE)
-            yield np.array([row[0] for row in rows], dtype=np.int64), matrix.reshape(len(rows), -1)
-
-    def vector_changes(
-        self, namespace: str, embedder: str, after: tuple[int, int], *, limit: int = 32
-    ) -> VectorChanges:
-        """What came and went behind `after`: the vectors of one state of the catalog.
-
-        after: `cursor` of the changes before these, or (a generation that `remembers` knows, or
-            the one that was read before the vectors were, and the largest integer).
-        limit: of ranges of chunks, each of at most 1,024.
-        """
-        with self.snapshot() as db:
-            rows = changed_ranges(db, namespace, after, limit)
-            ids, blobs = [], []
-            for _, first, last in rows:
-                for chunk_id, blob in db.execute(
-                    "SELECT chunk_id, vector FROM vectors "
-                    "WHERE namespace = ? AND embedder = ? AND chunk_id BETWEEN ? AND ?",
-                    (namespace, embedder, first, last),
-                ):
-                    ids.append(chunk_id)
-                    blobs.append(blob)
-            generation = self.generation(namespace)
-        matrix = np.frombuffer(b"".join(blobs), dtype=_VECTOR_DTYPE)
-        return VectorChanges(
-            generation=generation,
-            ranges=[(first, last) for _, first, last in rows],
-            ids=np.array(ids, dtype=np.int64),
-            vectors=matrix.reshape(len(ids), -1) if ids else matrix.reshape(0, 0),
-            cursor=rows[-1][:2] if rows else after,
-            is_last=len(rows) < limit,
-        )
-
-    def remembers(self, namespace: str, generation: int) -> bool:
-        """Whether `vector_changes` can tell all that has changed since that generation."""
-        with self.reading() as db:
-            return is_known(db, namespace, generation)
-
-    def chunks_without_vector(self, namespace: str, embedder: str) -> Iterator[int]:
-        """Yield the ids of chunks that have no vector of `embedder`, ascending."""
-        for (chunk_id,) in self._pages(
-            "SELECT id FROM chunks c WHERE namespace = ? AND NOT EXISTS ("
-            "  SELECT 1 FROM vectors v"
-            "  WHERE v.namespace = c.namespace AND v.embedder = ? AND v.chunk_id = c.id"
-            ") AND id > ? ORDER BY id LIMIT ?",
-            (namespace, embedder),
-        ):
-            yield chunk_id
-
     # ---- settings and numbers -----------------------------------------------------------------
 
     def setting(self, namespace: str, key: str) -> str | None:
@@ -424,10 +333,6 @@ class Catalog(BlockRefs, Origins):
                 (namespace, key, value),
             )
             return self.setting(namespace, key) or ""
-
-    def namespaces(self) -> list[str]:
-        """Every namespace that documents were ever added to, sorted."""
-        return [name for (name,) in self._rows("SELECT namespace FROM namespaces ORDER BY 1", ())]
 
     def seen_namespaces(self) -> list[str]:
         """Those, and every namespace that a setting was ever stored for, sorted."""
@@ -457,15 +362,6 @@ class Catalog(BlockRefs, Origins):
         """A number that changes when another connection has changed the file."""
         return int(self._rows("PRAGMA data_version", ())[0][0])
 
-    def generation(self, namespace: str) -> int:
-        """A number that grows with every change to the namespace's chunks or vectors; 0 at first.
-
-        The steps are random, so that a catalog restored from a backup and changed anew does not
-        come by a number that an index file of the lost future carries.
-        """
-        rows = self._rows("SELECT generation FROM namespaces WHERE namespace = ?", (namespace,))
-        return int(rows[0][0]) if rows else 0
-
     # ---- copies -------------------------------------------------------------------------------
 
     def write_copy(self, path: Path | str) -> None:
@@ -480,21 +376,56 @@ class Catalog(BlockRefs, Origins):
                 self._db, Path(path), "DELETE FROM block_refs", "DELETE FROM owed_deletions"
             )
 
-    def generations(self) -> dict[str, int]:
-        """`generation` of every namespace that documents were ever added to."""
-        return {name: self.generation(name) for name in self.namespaces()}
-
     # ---- helpers ------------------------------------------------------------------------------
 
-    def _bump_generation(self, namespace: str, chunk_ids: Sequence[int]) -> None:
-        """Count a change, which was one of these chunks' vectors. In its transaction."""
-        step = random.randint(1, LARGEST_STEP)
-        self._db.execute(
-            "INSERT INTO namespaces (namespace, generation) VALUES (?, ?) "
-            "ON CONFLICT (namespace) DO UPDATE SET generation = generation + excluded.generation",
-            (namespace, step),
+    def _insert_document(
+        self, namespace: str, row: tuple[str, str, str, str | None, float], text: str | None
+    ) -> bool:
+        """row: id, title, source, metadata, added_at. False if it is there. In a transaction."""
+        inserted = self._db.execute(
+            "INSERT INTO documents (namespace, id, title, source, metadata, added_at) "
+            "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            (namespace, *row),
         )
-        record(self._db, namespace, self.generation(namespace), chunk_ids)
+        if inserted.rowcount and text is not None:
+            self._db.execute(
+                "INSERT INTO document_texts VALUES (?, ?, ?)", (namespace, row[0], text)
+            )
+        return inserted.rowcount > 0
+
+    def _insert_chunks(
+        self,
+        namespace: str,
+        document_id: str,
+        chunks: Sequence[ChunkInput],
+        tokenizer: str,
+        matrix: npt.NDArray[np.float32],
+        embedder: str,
+    ) -> list[int]:
+        """All of a document's, with what belongs to each; their ids. In a transaction."""
+        if not chunks:
+            raise ValueError("a document has at least one chunk")
+        db, words, ids = self._db, self._lexical_table(namespace), []
+        for ordinal, chunk in enumerate(chunks):
+            blob = _token_blob(chunk.token_ids)
+            chunk_id = db.execute(
+                "INSERT INTO chunks (namespace, document_id, ordinal, title, text) "
+                "VALUES (?, ?, ?, ?, ?) RETURNING id",
+                (namespace, document_id, ordinal, chunk.title, chunk.text),
+            ).fetchone()[0]
+            db.execute(
+                "INSERT INTO chunk_tokens (chunk_id, namespace, tokenizer, token_ids) "
+                "VALUES (?, ?, ?, ?)",
+                (chunk_id, namespace, tokenizer, blob),
+            )
+            db.execute(
+                "INSERT INTO vectors (namespace, embedder, chunk_id, vector) VALUES (?, ?, ?, ?)",
+                (namespace, embedder, chunk_id, matrix[ordinal].tobytes()),
+            )
+            if words is not None:
+                fill(db, words, namespace, [(chunk_id, chunk.title, chunk.text)])
+            ids.append(int(chunk_id))
+        return ids
 
     def _lexical_table(self, namespace: str) -> str | None:
         """The full-text table that new chunks go into; None while older ones are to be caught up.
@@ -508,21 +439,14 @@ class Catalog(BlockRefs, Origins):
                 table, _ = begin_table(self._db, namespace)
         return table
 
-    def _check_dim(self, namespace: str, embedder: str, dim: int) -> None:
-        rows = self._rows(
-            "SELECT length(vector) FROM vectors WHERE namespace = ? AND embedder = ? LIMIT 1",
-            (namespace, embedder),
-        )
-        if rows and rows[0][0] != dim * _VECTOR_DTYPE.itemsize:
-            stored = rows[0][0] // _VECTOR_DTYPE.itemsize
-            raise ValueError(f"embedder {embedder!r} has {stored} components here, got {dim}")
 
-
-_SELECT_DOCUMENT = (
-    "SELECT d.id, d.namespace, d.title, d.source, d.metadata, d.added_at, "
+_DOCUMENT_COLUMNS = (
+    "d.id, d.namespace, d.title, d.source, d.metadata, d.added_at, "
     "(SELECT count(*) FROM chunks c WHERE c.namespace = d.namespace AND c.document_id = d.id) "
     "FROM documents d"
 )
+_SELECT_DOCUMENT = f"SELECT {_DOCUMENT_COLUMNS}"
+_SELECT_DOCUMENT_AFTER = f"SELECT d.sequence, {_DOCUMENT_COLUMNS}"
 
 
 def _stored_document(row: Any) -> StoredDocument:
@@ -533,10 +457,8 @@ def _stored_document(row: Any) -> StoredDocument:
     return StoredDocument(row[0], row[1], row[2], row[3], metadata, row[5], row[6])
 
 
-def _metadata_text(document: Document) -> str | None:
-    if document.metadata is None:
-        return None
-    return json.dumps(document.metadata, ensure_ascii=False)
+def _metadata_text(metadata: dict[str, Any] | None) -> str | None:
+    return None if metadata is None else json.dumps(metadata, ensure_ascii=False)
 
 
 def _token_blob(token_ids: Sequence[int]) -> bytes:
@@ -546,12 +468,3 @@ def _token_blob(token_ids: Sequence[int]) -> bytes:
     if ids.min() < 0 or ids.max() > np.iinfo(_TOKEN_DTYPE).max:
         raise ValueError("token ids must fit 32 bits without sign")
     return ids.astype(_TOKEN_DTYPE).tobytes()
-
-
-def _checked_vectors(vectors: npt.NDArray[np.float32], rows: int) -> npt.NDArray[np.float32]:
-    matrix = np.ascontiguousarray(vectors, dtype=_VECTOR_DTYPE)
-    if matrix.ndim != 2 or matrix.shape[0] != rows or not matrix.shape[1]:
-        raise ValueError(f"vectors must have the shape ({rows}, dim), got {matrix.shape}")
-    if not np.isfinite(matrix).all():
-        raise ValueError("vectors must be finite")
-    return matrix

@@ -6,7 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ChunkInput", "Counts", "DeletedDocument", "StoredChunk", "StoredDocument"]
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "ChunkInput",
+    "Counts",
+    "DeletedDocument",
+    "DocumentCopy",
+    "StoredChunk",
+    "StoredDocument",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +70,23 @@ class Counts:
     chunks: int
     vectors: int
     blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentCopy:
+    """A document of one catalog on its way into another, with all that belongs to it.
+
+    text: of a document that its user named, else None. vectors: (len(chunks), dim) float32.
+    blocks: for each chunk the (scope, block key) that it refers to.
+    """
+
+    id: str
+    title: str
+    source: str
+    metadata: dict[str, Any] | None
+    added_at: float
+    text: str | None
+    origins: Sequence[str]
+    chunks: Sequence[ChunkInput]
+    vectors: npt.NDArray[np.float32]
+    blocks: Sequence[Sequence[tuple[str, str]]]

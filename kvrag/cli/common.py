@@ -24,6 +24,7 @@ __all__ = [
     "format_bytes",
     "format_seconds",
     "globals_of",
+    "info",
     "one_line",
     "parse_setting",
     "plain_table",
@@ -93,6 +94,11 @@ def one_line(text: str) -> str:
     """`text` on one line, without the control characters that would steer a terminal."""
     joined = " ".join(text.split())
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in joined)
+
+
+def info(sentence: str) -> None:
+    """One line of stderr for what a command does and nobody asked."""
+    sys.stderr.write(f"info: {one_line(sentence)}\n")
 
 
 def warn(sentence: str) -> None:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from kvrag import __version__
-from kvrag.cli import config, documents, model, store
+from kvrag.cli import config, corpus, documents, model, store
 from kvrag.cli.arguments import moved_to_front
 from kvrag.cli.ask import ask
 from kvrag.cli.common import Globals, globals_of, one_line, parse_setting, settings_of
@@ -68,6 +68,7 @@ def _serve(context: typer.Context) -> None:
 
 
 app.add_typer(documents.app, name="documents")
+app.add_typer(corpus.app, name="corpus")
 app.add_typer(model.app, name="model")
 app.add_typer(store.app, name="store")
 app.add_typer(config.app, name="config")

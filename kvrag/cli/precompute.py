@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +17,7 @@ from kvrag.cli.common import (
     print_json,
     settings_of,
 )
+from kvrag.cli.corpus.arguments import tell_waiting
 
 if TYPE_CHECKING:
     from kvrag.config import Settings
@@ -95,7 +95,7 @@ def precompute(
     lock = Home(settings.home).job_lock(settings.namespace, str(part))
     with (
         Engine.open(settings) as engine,
-        only_job(lock, partial(_tell_waiting, settings.namespace)),
+        only_job(lock, tell_waiting(settings.namespace)),
         shown() as show_standing,
     ):
 
@@ -129,12 +129,6 @@ def _end(skipped: Sequence[Skipped]) -> None:
             sys.stderr.write(f"skipped: {one_line(f'{item.source}: {item.reason}')}\n")
         sys.stderr.write(f"{len(skipped)} skipped, so the exit code is {_EXIT_SKIPPED}\n")
         raise typer.Exit(_EXIT_SKIPPED)
-
-
-def _tell_waiting(corpus: str, holder: str) -> None:
-    sys.stderr.write(
-        f"info: another job ({one_line(holder)}) works on the corpus {corpus!r}; waiting for it\n"
-    )
 
 
 def _plan(settings: Settings, documents: Iterable[Item], shard: Shard, *, as_json: bool) -> None:

@@ -10,17 +10,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["only_job"]
+__all__ = ["Waiting", "only_job"]
+
+#: Called once, with what the holder of a lock wrote there, before it is waited for.
+Waiting = Callable[[str], None]
 
 _ASK_S = 0.2
 
 
 @contextmanager
-def only_job(path: Path, waiting: Callable[[str], None]) -> Iterator[None]:
+def only_job(path: Path, waiting: Waiting) -> Iterator[None]:
     """Hold the lock file at `path`, which is made with its folder; a process that dies drops it.
 
     Args:
-        waiting: called once, with what the holder wrote there, if another has it.
+        waiting: called if another has it; what it raises ends the waiting.
 
     Raises OSError where the file cannot be made.
     """

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from kvrag.corpus import Corpus
-from kvrag.retrieval.catalog import StoredDocument
 
 __all__ = ["digest", "write_manifest"]
 
-_PAGE = 500
 _DIGEST_BYTES = 16
 
 
@@ -36,7 +34,8 @@ def write_manifest(path: Path, corpus: Corpus, made_with: Mapping[str, Any]) -> 
 
 
 def _documents(corpus: Corpus) -> Iterator[dict[str, Any]]:
-    for document_id in sorted(document.id for document in _all(corpus)):
+    documents = corpus.catalog.iter_documents(corpus.namespace)
+    for document_id in sorted(document.id for document in documents):
         document = corpus.catalog.document(corpus.namespace, document_id)
         if document is None:  # deleted meanwhile
             continue
@@ -48,13 +47,6 @@ def _documents(corpus: Corpus) -> Iterator[dict[str, Any]]:
             "source": document.source,
             "chunks": [{"tokens": len(ids), "digest": digest(ids)} for ids in chunks],
         }
-
-
-def _all(corpus: Corpus) -> Iterator[StoredDocument]:
-    offset = 0
-    while page := corpus.documents(_PAGE, offset):
-        offset += len(page)
-        yield from page
 
 
 def digest(token_ids: Sequence[int]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from kvrag.config import Settings
 from kvrag.home import existing_home
+from kvrag.precompute.lock import Waiting, only_job
 from kvrag.store.layout import Layout, remove_if_abandoned
 from kvrag.store.quarantine import Quarantine
 from kvrag.upkeep.orphans import collect_orphans
@@ -28,12 +30,13 @@ class Collected:
     unreachable: dict[str, str]
 
 
-def collect(settings: Settings, *, unused_s: float, dry_run: bool) -> Collected:
+def collect(settings: Settings, *, unused_s: float, dry_run: bool, waiting: Waiting) -> Collected:
     """Delete what nobody needs from the home's disk, and its orphans from Redis, too.
 
     Args:
         unused_s: seconds; orphans that were used since are kept.
         dry_run: whether to delete nothing.
+        waiting: called before this waits for an import, whose blocks belong to nobody yet.
 
     Raises:
         SettingsError: there is no home, or none with a catalog: nobody knows what is an orphan.
@@ -47,7 +50,8 @@ def collect(settings: Settings, *, unused_s: float, dry_run: bool) -> Collected:
         leftovers = sum(entry.name.endswith(".tmp") for entry in strange)
     else:
         leftovers = sum(remove_if_abandoned(entry) for entry in strange)
-    orphans = collect_orphans(settings, unused_s=unused_s, delete=not dry_run)
+    with nullcontext() if dry_run else only_job(home.import_lock, waiting):
+        orphans = collect_orphans(settings, unused_s=unused_s, delete=not dry_run)
     quarantine = Quarantine(layout.quarantine)
     aside = quarantine.entries()
     if not dry_run:

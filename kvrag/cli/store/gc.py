@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvrag.cli.common import JsonOption, format_bytes, print_json, settings_of, show, warn
+from kvrag.cli.common import JsonOption, format_bytes, info, print_json, settings_of, show, warn
 
 __all__ = ["gc"]
 
@@ -29,7 +29,12 @@ def gc(
     """
     from kvrag.upkeep.collecting import collect
 
-    found = collect(settings_of(context), unused_s=unused_days * 86_400, dry_run=dry_run)
+    found = collect(
+        settings_of(context),
+        unused_s=unused_days * 86_400,
+        dry_run=dry_run,
+        waiting=lambda holder: info(f"an import ({holder}) is under way; waiting for it"),
+    )
     if as_json:
         print_json(dataclasses.asdict(found) | {"deleted": not dry_run})
     else:

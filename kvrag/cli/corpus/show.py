@@ -1,0 +1,53 @@
+"""`kvrag corpus show`: one corpus in detail."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import typer
+
+from kvrag.cli.common import (
+    JsonOption,
+    format_bytes,
+    one_line,
+    plain_table,
+    print_json,
+    settings_of,
+)
+from kvrag.cli.common import show as show_lines
+from kvrag.cli.corpus.arguments import NameArgument
+
+__all__ = ["show"]
+
+_SHOWN_ORIGINS = 10
+_SHOWN_CHARACTERS = 100
+
+
+def show(context: typer.Context, name: NameArgument, as_json: JsonOption = False) -> None:
+    """What a corpus holds, where it came from, and what it was made with."""
+    from kvrag.corpora.listing import describe
+
+    facts, origins = describe(settings_of(context, namespace=name))
+    if as_json:
+        print_json(dataclasses.asdict(facts) | {"origins": origins})
+        return
+    table = plain_table("", "")
+    table.show_header = False
+    for what, number in (
+        ("documents", facts.documents),
+        ("chunks", facts.chunks),
+        ("blocks", facts.blocks),
+        ("not on disk", facts.missing),
+    ):
+        table.add_row(what, str(number))
+    table.add_row("bytes on disk", format_bytes(facts.nbytes))
+    for what, value in facts.made_with.items():
+        table.add_row(what, one_line(value)[:_SHOWN_CHARACTERS])
+    for kind in facts.kinds:
+        of = f" of model {kind.model[:16]}, {kind.dtype}" if kind.model else ""
+        table.add_row("blocks by kind", f"{kind.blocks} {kind.codec or 'unknown'}{of}")
+    for origin in origins[:_SHOWN_ORIGINS]:
+        table.add_row("from", one_line(origin))
+    if len(origins) > _SHOWN_ORIGINS:
+        table.add_row("", f"and {len(origins) - _SHOWN_ORIGINS} other files")
+    show_lines(f"corpus {one_line(name)}", table)

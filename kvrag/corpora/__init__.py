@@ -1,0 +1,1 @@
+"""Corpora as wholes: listing, checking, mending, exporting, importing and dropping them."""
