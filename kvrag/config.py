@@ -153,6 +153,12 @@ class Settings(BaseSettings):
         le=1,
         description="Part of relevance in choosing chunks, the rest being novelty (MMR).",
     )
+    distinct: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Most similarity of two chunks that are retrieved together; 1 is any.",
+    )
     rerank: RerankMode = Field(
         "none", description="Whether the cross_encoder orders what was found anew."
     )

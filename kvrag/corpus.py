@@ -223,14 +223,20 @@ class Corpus:
         """At most `k` chunks, best first; None of the fields of `search` is left open."""
         if not self._catalog.counts(self._namespace).chunks:
             raise EmptyCorpusError("the corpus is empty; add documents first, or give passages")
-        if search.mode is None or search.mmr is None:
+        if search.mode is None or search.mmr is None or search.distinct is None:
             raise ValueError(f"a search leaves nothing open, got {search!r}")
         rerank = None
         if search.rerank == "cross_encoder":
             self._open_reranker()  # before anything is looked for
             rerank = self._rerank
         hits = self._hybrid.search(
-            question, k, mode=search.mode, where=search.filter(), mmr=search.mmr, rerank=rerank
+            question,
+            k,
+            mode=search.mode,
+            where=search.filter(),
+            mmr=search.mmr,
+            distinct=search.distinct,
+            rerank=rerank,
         )
         chunks = self._catalog.chunk([hit.chunk_id for hit in hits], namespace=self._namespace)
         found = (self._context(chunk, hit) for chunk, hit in zip(chunks, hits, strict=True))

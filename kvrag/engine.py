@@ -514,7 +514,9 @@ class Engine:
         """
         _, _, retriever = self._open_corpus()
         settings = self.settings
-        plan = Search.of(search).or_else(settings.search, settings.mmr, settings.rerank)
+        plan = Search.of(search).or_else(
+            settings.search, settings.mmr, settings.distinct, settings.rerank
+        )
         return retriever.retrieve(question, _first(k, settings.k), plan, prefetch=prefetch)
 
     def prepare(self) -> None:

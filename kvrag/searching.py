@@ -24,6 +24,9 @@ class Search:
     where:  a filter over the documents' metadata, see docs/retrieval.md; no other chunk is ranked
     mmr:    0 to 1: the part of relevance in maximal marginal relevance, the rest being novelty;
             1 leaves chunks as they are ranked
+    distinct: 0 to 1: of two chunks that are more similar than that (Jaccard's similarity of their
+            runs of three words) the lower-ranked is left out, and the next takes its place; 1
+            leaves out none
     rerank: what orders the first 20 anew: `none`, or the settings' `cross_encoder`
 
     Raises:
@@ -33,6 +36,7 @@ class Search:
     mode: SearchMode | None = None
     where: Mapping[str, Any] | None = None
     mmr: float | None = None
+    distinct: float | None = None
     rerank: RerankMode | None = None
 
     def __post_init__(self) -> None:
@@ -45,9 +49,10 @@ class Search:
             raise InputError(
                 f"rerank is {self.rerank!r:.80}; allowed are {', '.join(get_args(RerankMode))}"
             )
-        number = isinstance(self.mmr, int | float) and not isinstance(self.mmr, bool)
-        if self.mmr is not None and not (number and 0 <= self.mmr <= 1):
-            raise InputError(f"mmr is {self.mmr!r:.80}; it must be a number from 0 to 1")
+        for name, value in (("mmr", self.mmr), ("distinct", self.distinct)):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and 0 <= value <= 1):
+                raise InputError(f"{name} is {value!r:.80}; it must be a number from 0 to 1")
         self.filter()
 
     @classmethod
@@ -57,12 +62,13 @@ class Search:
             return given
         return cls(mode=given)  # type: ignore[arg-type]  # checked there
 
-    def or_else(self, mode: SearchMode, mmr: float, rerank: RerankMode) -> Search:
+    def or_else(self, mode: SearchMode, mmr: float, distinct: float, rerank: RerankMode) -> Search:
         """This, with what it leaves open."""
         return Search(
             self.mode or mode,
             self.where,
             mmr if self.mmr is None else self.mmr,
+            distinct if self.distinct is None else self.distinct,
             self.rerank or rerank,
         )
 

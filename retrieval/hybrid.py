@@ -18,6 +18,7 @@ import numpy.typing as npt
 from .catalog import Catalog
 from .embedder import Embedder
 from .lexical import LexicalIndex
+from .near_duplicates import Shingles, jaccard, shingles
 from .ranking import marginal_relevance, reciprocal_rank
 from .where import Where
 
@@ -30,6 +31,7 @@ RERANKED = 20
 #: Tuned on the even questions of a pool of HotpotQA: `kvrag bench retrieval` reports the odd ones.
 _WEIGHTS = {"dense": 1.0, "lexical": 1.5}
 _KEPT_FILTERS = 8
+_READ_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,7 @@ class HybridSearch:
         mode: str,
         where: Where | None = None,
         mmr: float = 1.0,
+        distinct: float = 1.0,
         rerank: Rerank | None = None,
     ) -> list[Found]:
         """At most `k` chunks, best first; fewer if fewer pass the filter or share a word.
@@ -115,14 +118,16 @@ class HybridSearch:
         mode: "dense", "lexical" or "hybrid". A score is the cosine similarity of a dense search,
         BM25 of a lexical one, and of a hybrid one the fused reciprocal ranks, where 1 is first in
         both. With `mmr` below 1 the order is that of maximal marginal relevance among the first
-        100 or 4 k chunks, and scores stay what they were. `rerank` orders the first 20 or `k`
-        anew, by scores of its own, before that; the others are not found then.
+        100 or 4 k chunks, and scores stay what they were. With `distinct` below 1, of two of these
+        chunks whose shingles have a larger similarity (Jaccard's), the lower-ranked is left out.
+        `rerank` orders the first 20 or `k` that are left anew, by scores of its own, before MMR;
+        the others are not found then.
         """
         allowed = None if where is None else self._allowed(where)
         if allowed is not None and not allowed.size:
             return []
         depth = max(_DEPTH, 4 * k)
-        if mode != "hybrid" and mmr == 1:
+        if mode != "hybrid" and mmr == distinct == 1:
             depth = k if rerank is None else max(RERANKED, k)
         by_words: Future[list[tuple[int, float]]] | None = None
         if mode != "dense":  # words are looked up while the question is embedded
@@ -133,8 +138,12 @@ class HybridSearch:
             dense = self._index().search(vector, depth, allowed=allowed)
         lexical = [] if by_words is None else by_words.result()
         ranked = _ranked(mode, dense, lexical)
+        reranked = max(RERANKED, k)
+        if distinct < 1:
+            most = reranked if rerank is not None else k if mmr == 1 else len(ranked)
+            ranked = self._distinct(ranked, most, distinct)
         if rerank is not None and ranked:
-            ranked = _reranked(question, ranked[: max(RERANKED, k)], rerank)
+            ranked = _reranked(question, ranked[:reranked], rerank)
         if mmr < 1 and ranked:
             ranked = self._thinned(ranked, k, mmr)
         return self._matched(ranked[:k], dense, lexical, vector)
@@ -161,6 +170,26 @@ class HybridSearch:
             while len(self._filters) > _KEPT_FILTERS:
                 self._filters.popitem(last=False)
         return ids
+
+    def _distinct(
+        self, ranked: list[tuple[int, float]], most: int, distinct: float
+    ) -> list[tuple[int, float]]:
+        """The best `most`, each without its nearly the same of lower rank."""
+        kept: list[tuple[int, float]] = []
+        seen: list[Shingles] = []
+        for first in range(0, len(ranked), _READ_AT_ONCE):
+            some = ranked[first : first + _READ_AT_ONCE]
+            chunks = self._catalog.chunk([i for i, _ in some], namespace=self._namespace)
+            for item, chunk in zip(some, chunks, strict=True):
+                # One that was deleted since takes no place.
+                own = None if chunk is None else shingles(chunk.text)
+                if own is None or any(jaccard(own, other) > distinct for other in seen):
+                    continue
+                kept.append(item)
+                seen.append(own)
+                if len(kept) == most:
+                    return kept
+        return kept
 
     def _thinned(
         self, ranked: list[tuple[int, float]], k: int, mmr: float

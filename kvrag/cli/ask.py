@@ -56,6 +56,10 @@ def ask(
         float | None,
         typer.Option(help="0 to 1: part of relevance in choosing chunks, the rest novelty."),
     ] = None,
+    distinct: Annotated[
+        float | None,
+        typer.Option(help="0 to 1: leave out chunks more similar than that to a better one."),
+    ] = None,
     rerank: Annotated[
         str | None,
         typer.Option(help="What orders chunks anew: none, or the setting's cross_encoder."),
@@ -85,7 +89,7 @@ def ask(
     """
     settings = settings_of(context)
     given = None if passages is None else read_passages(passages)
-    looked_for = _search(search, where, mmr, rerank)
+    looked_for = _search(search, where, mmr, distinct, rerank)
     asked = _question(question)
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -170,13 +174,17 @@ def _passage(line: bytes) -> dict[str, str]:
 
 
 def _search(
-    mode: str | None, where: str | None, mmr: float | None, rerank: str | None
+    mode: str | None,
+    where: str | None,
+    mmr: float | None,
+    distinct: float | None,
+    rerank: str | None,
 ) -> Search | None:
     """What the options ask of retrieval; None for nothing."""
     from kvrag.errors import InputError
     from kvrag.searching import Search
 
-    if all(given is None for given in (mode, where, mmr, rerank)):
+    if all(given is None for given in (mode, where, mmr, distinct, rerank)):
         return None
     fields: Any = None
     if where is not None:
@@ -186,7 +194,7 @@ def _search(
             raise InputError(f"--where is no JSON: {exc}") from exc
         if not isinstance(fields, dict):
             raise InputError(f"--where is {where!r:.80}; a JSON object is needed")
-    return replace(Search.of(mode), where=fields, mmr=mmr, rerank=rerank)  # type: ignore[arg-type]
+    return replace(Search.of(mode), where=fields, mmr=mmr, distinct=distinct, rerank=rerank)  # type: ignore[arg-type]
 
 
 def _question(argument: str) -> str:

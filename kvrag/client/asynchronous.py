@@ -137,7 +137,7 @@ class AsyncKVRagClient:
     ) -> list[RetrievedChunk]:
         """The `k` best chunks with handles on their KV.
 
-        search: `search`, `where`, `mmr`, `rerank`.
+        search: `search`, `where`, `mmr`, `distinct`, `rerank`.
         """
         return (await self._send(calls.retrieve(question, k=k, prefetch=prefetch, **search))).chunks
 

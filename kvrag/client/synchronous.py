@@ -148,7 +148,7 @@ class KVRagClient:
     ) -> list[RetrievedChunk]:
         """The `k` best chunks with handles on their KV.
 
-        search: `search`, `where`, `mmr`, `rerank`.
+        search: `search`, `where`, `mmr`, `distinct`, `rerank`.
         """
         return self._send(calls.retrieve(question, k=k, prefetch=prefetch, **search)).chunks
 

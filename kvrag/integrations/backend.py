@@ -39,7 +39,7 @@ __all__ = ["Backend", "EngineBackend", "ServerBackend", "backend_of"]
 
 
 #: Options of a request that are one `Search` to the engine.
-_SEARCH = ("search", "where", "mmr", "rerank")
+_SEARCH = ("search", "where", "mmr", "distinct", "rerank")
 
 
 class Backend(ABC):
@@ -56,7 +56,7 @@ class Backend(ABC):
     def retrieve(
         self, question: str, k: int | None, *, prefetch: bool, **search: Any
     ) -> list[RetrievedChunk]:
-        """search: `search`, `where`, `mmr` and `rerank`, as requests have them."""
+        """search: `search`, `where`, `mmr`, `distinct` and `rerank`, as requests have them."""
 
     @abstractmethod
     async def aretrieve(
@@ -221,7 +221,7 @@ def _search(given: dict[str, Any]) -> Search | None:
 
     if all(value is None for value in given.values()):
         return None
-    return Search(given.get("search"), given.get("where"), given.get("mmr"), given.get("rerank"))
+    return Search(*(given.get(name) for name in _SEARCH))
 
 
 def _match(chunk: ContextChunk) -> Match | None:

@@ -159,11 +159,18 @@ MMR = Field(
     allow_inf_nan=False,
     description="Part of relevance in choosing chunks, the rest being novelty.",
 )
+DISTINCT = Field(
+    None,
+    ge=0,
+    le=1,
+    allow_inf_nan=False,
+    description="Leave out chunks more similar than that to a better one.",
+)
 RERANK = Field(
     None, description="Whether the server's cross-encoder, if it has one, orders chunks anew."
 )
 #: Together they are one `Search`.
-_SEARCH_FIELDS = {"search", "where", "mmr", "rerank"}
+_SEARCH_FIELDS = {"search", "where", "mmr", "distinct", "rerank"}
 
 
 class AskBody(_Request):
@@ -182,6 +189,7 @@ class AskBody(_Request):
     search: SearchMode | None = SEARCH
     where: WhereIn | None = WHERE
     mmr: float | None = MMR
+    distinct: float | None = DISTINCT
     rerank: RerankMode | None = RERANK
     strategy: Line | None = Field(
         None, description="Fusion strategy, perhaps with options: `epic:tokens=4`."
@@ -221,7 +229,9 @@ class AskBody(_Request):
         others = {"question", "messages", "stream"}
         options = self.model_dump(exclude=others | _SEARCH_FIELDS, exclude_none=True)
         if any(getattr(self, name) is not None for name in _SEARCH_FIELDS):
-            options["search"] = Search(self.search, self.where, self.mmr, self.rerank)
+            options["search"] = Search(
+                self.search, self.where, self.mmr, self.distinct, self.rerank
+            )
         return options
 
 
@@ -285,12 +295,13 @@ class RetrieveBody(_Request):
     search: SearchMode | None = SEARCH
     where: WhereIn | None = WHERE
     mmr: float | None = MMR
+    distinct: float | None = DISTINCT
     rerank: RerankMode | None = RERANK
     prefetch: bool = Field(False, description="Whether to load the chunks' KV at once.")
 
     def options(self) -> dict[str, Any]:
         """Arguments of `Engine.retrieve`."""
-        search = Search(self.search, self.where, self.mmr, self.rerank)
+        search = Search(self.search, self.where, self.mmr, self.distinct, self.rerank)
         return {"k": self.k, "prefetch": self.prefetch, "search": search}
 
 

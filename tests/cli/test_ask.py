@@ -62,7 +62,7 @@ def test_every_generation_option_reaches_the_engine(kvrag, passages, monkeypatch
         "ask", "Who?", "--k", 3, "--strategy", "reuse", "--ratio", 0.5, "--max-tokens", 7,
         "--temperature", 0.7, "--top-p", 0.9, "--top-k", 5, "--seed", 11, "--stop", "a",
         "--stop", "b", "--per-token", "--search", "dense", "--where", '{"a": 1}',
-        "--mmr", 0.5, "--rerank", "cross_encoder",
+        "--mmr", 0.5, "--distinct", 0.8, "--rerank", "cross_encoder",
     )  # fmt: skip
     assert result.code == 130
     assert seen == {
@@ -71,7 +71,7 @@ def test_every_generation_option_reaches_the_engine(kvrag, passages, monkeypatch
         "k": 3,
         "strategy": "reuse",
         "ratio": 0.5,
-        "search": Search("dense", {"a": 1}, 0.5, "cross_encoder"),
+        "search": Search("dense", {"a": 1}, 0.5, 0.8, "cross_encoder"),
         "per_token": True,
         "max_tokens": 7,
         "temperature": 0.7,
@@ -89,7 +89,8 @@ def test_every_generation_option_reaches_the_engine(kvrag, passages, monkeypatch
         (("--where", "{"), "--where is no JSON"),
         (("--where", "[1]"), "a JSON object is needed"),
         (("--where", '{"a": {"like": 1}}'), "allowed are eq, in"),
-        (("--mmr", 2), "from 0 to 1"),
+        (("--mmr", 2), "mmr is 2.0; it must be a number from 0 to 1"),
+        (("--distinct", -1), "distinct is -1.0; it must be a number from 0 to 1"),
         (("--rerank", "bert"), "allowed are none, cross_encoder"),
     ],
 )

@@ -45,6 +45,20 @@ def test_a_corpus_that_is_not_there_is_named_and_none_is_made(kvrag, home, tmp_p
     assert not (tmp_path / "file").exists()
 
 
+def test_what_is_nearly_the_same_is_listed(kvrag, home, tmp_path):
+    text = "Bela built the cableway of Orrel in the year of the great snow"
+    (tmp_path / "one.txt").write_text(text)
+    (tmp_path / "two.txt").write_text(f"{text}, they say.")
+    assert kvrag("precompute", tmp_path / "one.txt", tmp_path / "two.txt").code == 0
+    shown = kvrag("corpus", "show", "default", "--near-duplicates", "--json").json
+    titles = [[one["title"] for one in group] for group in shown["near_duplicates"]]
+    assert ["one", "two"] in titles
+    options = ("--near-duplicates", "--threshold", 1, "--json")
+    exact = kvrag("corpus", "show", "default", *options).json["near_duplicates"]
+    assert ["one", "two"] not in [[one["title"] for one in group] for group in exact]
+    assert "groups of chunks" in kvrag("corpus", "show", "default", "--near-duplicates").out
+
+
 def test_a_home_without_corpora(kvrag, environment):
     assert kvrag("corpus", "ls").code == 2
     assert not Path(environment["KVRAG_HOME"]).exists()

@@ -6,13 +6,16 @@ import sqlite3
 
 import pytest
 
-from kvrag import Engine
+from kvrag import Engine, Settings
 from kvrag.corpora.checking import check_corpus
 from kvrag.corpora.dropping import drop_corpus
 from kvrag.corpora.listing import describe, list_corpora
 from kvrag.errors import CorpusBusyError, CorpusSettingsError
+from kvrag.home import Home
 from kvrag.precompute.lock import only_job
 from kvrag.retrieval.catalog import Catalog
+from kvrag.store.tiered import TieredStore
+from kvrag.upkeep.documents import remove_documents
 from tests.store.helpers import make_key
 from tests.tiny import make_tiny_embedder
 
@@ -44,6 +47,7 @@ def lost(settings):
     block_files(settings)[0].unlink()
 
 
+_REFER_ELSEWHERE = "UPDATE block_refs SET block_key = ? WHERE id = (SELECT max(id) FROM block_refs)"
 FAULTS = {
     "token_ids": lambda s: written(s, "UPDATE chunk_tokens SET token_ids = x'05000000'"),
     "token_ids of no whole number": lambda s: written(
@@ -60,27 +64,39 @@ FAULTS = {
         s, "INSERT INTO lexical_1 (rowid, title, text) VALUES (99, 'a', 'b')"
     ),
     "reference": lambda s: written(s, "DELETE FROM block_refs WHERE chunk_id = 1"),
-    "reference to another block": lambda s: written(
-        s, "UPDATE block_refs SET block_key = ? WHERE id = 1", str(make_key("other"))
-    ),
+    "reference to another block": lambda s: written(s, _REFER_ELSEWHERE, str(make_key("other"))),
     "block": flipped,
     "block that is gone": lost,
 }
 
 
+@pytest.fixture(scope="module")
+def mended(models, tmp_path_factory):
+    """A home that each test damages and has mended."""
+    home = tmp_path_factory.mktemp("mended") / "home"
+    settings = Settings(**models, home=home, dtype="float32", threads=1, chunk_tokens=64)
+    with Engine.open(settings) as engine:
+        engine.add(DOCUMENTS)
+    return settings, answer(settings)[0]
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_wrong_is_told_and_mended(made, fault):
-    settings = made()
-    before = answer(settings)[0]
-    assert checked(settings).problems == []
-    FAULTS[fault](settings)
-    found = checked(settings)
+def test_what_is_wrong_is_told_and_mended(mended, fault):
+    FAULTS[fault](mended[0])
+    found = checked(mended[0], repair=True)
     assert fault.split(" ")[0] in {problem.part for problem in found.problems}
-    assert found.left == found.problems
-    mended = checked(settings, repair=True)
-    assert mended.problems == found.problems
-    assert mended.left == []
+    assert found.left == []
+
+
+def test_all_at_once_and_the_answers_are_what_they_were(mended):
+    settings, before = mended
     assert checked(settings).problems == []
+    for fault in FAULTS.values():
+        fault(settings)
+    found = checked(settings)
+    assert {fault.split(" ")[0] for fault in FAULTS} <= {one.part for one in found.problems}
+    assert found.left == found.problems
+    assert checked(settings, repair=True).left == []
     assert answer(settings)[0] == before
 
 
@@ -149,8 +165,6 @@ def test_a_dropped_corpus_may_be_made_anew_with_other_settings(made, settings):
 
 
 def test_a_kill_behind_the_catalog_leaves_blocks_that_are_owed(made, monkeypatch):
-    from kvrag.store.tiered import TieredStore
-
     settings = made()
 
     def killed(self, keys):
@@ -162,15 +176,11 @@ def test_a_kill_behind_the_catalog_leaves_blocks_that_are_owed(made, monkeypatch
             drop_corpus(settings)
     assert list_corpora(settings) == []
     assert block_files(settings)
-    from kvrag.upkeep.documents import remove_documents
-
     remove_documents(settings, ["none"])
     assert block_files(settings) == []
 
 
 def test_a_job_is_waited_for_or_refuses(made):
-    from kvrag.home import Home
-
     settings = made()
     with only_job(Home(settings.home).job_lock("default", "1/1"), nobody):
         with pytest.raises(CorpusBusyError, match="another job"):

@@ -15,7 +15,9 @@ from kvrag import Engine, Settings
 from kvrag.corpora import archive
 from kvrag.corpora.archive import Archive, ArchiveWriter
 from kvrag.corpora.listing import list_corpora
+from kvrag.corpora.rows import read_documents
 from kvrag.errors import CorpusFileError, InputError
+from kvrag.models.tokenizer import Tokenizer
 from kvrag.store.block import decode_header, encode_header
 
 from .conftest import DOCUMENTS, exported, imported
@@ -71,9 +73,9 @@ def test_the_same_members_give_the_same_file(original, tmp_path):
 def test_one_flipped_bit_anywhere_is_found(original, tmp_path):
     data, path = original.read_bytes(), tmp_path / "flipped"
     drawn = random.Random(0)
-    # Every byte of the first header and of the end, and some of all that lies between.
-    places = [*range(512), *range(len(data) - 2100, len(data))]
-    for place in places + [drawn.randrange(len(data)) for _ in range(300)]:
+    # Many bytes of the first header and of the end, and some of all that lies between.
+    places = [*range(0, 512, 3), *range(len(data) - 2100, len(data), 7)]
+    for place in places + [drawn.randrange(len(data)) for _ in range(100)]:
         flipped = bytearray(data)
         flipped[place] ^= 1 << drawn.randrange(8)
         path.write_bytes(flipped)
@@ -84,7 +86,7 @@ def test_one_flipped_bit_anywhere_is_found(original, tmp_path):
 def test_a_file_cut_short_or_longer_is_found(original, tmp_path):
     data, path = original.read_bytes(), tmp_path / "cut"
     drawn = random.Random(1)
-    for length in [0, 1, 511, 512, len(data) - 1, *(drawn.randrange(len(data)) for _ in range(60))]:
+    for length in [0, 1, 511, 512, len(data) - 1, *(drawn.randrange(len(data)) for _ in range(30))]:
         path.write_bytes(data[:length])
         with pytest.raises(CorpusFileError):
             check(path)
@@ -206,7 +208,6 @@ def row(number, **fields):
     [
         lambda data: data[:-20],
         lambda data: b"".join(data.splitlines(keepends=True)[:-1]),
-        lambda data: data + data,
         lambda data: b"[" * 100_000 + b"\n",
         lambda data: b'{"id": NaN}\n',
         row(0, id="a" * 1000),
@@ -227,8 +228,17 @@ def row(number, **fields):
         row(1, vector="AACAPw=="),
     ],
 )
-def test_rows_that_lie(original, settings, tmp_path, change):
-    refused(settings, changed(original, tmp_path / "file", 1, change))
+def test_rows_that_lie(original, models, change):
+    lines = change(members(original)[1][1]).splitlines(keepends=True)
+    tokenizer = Tokenizer(Path(models["model"]))
+    with pytest.raises(CorpusFileError, match=r"document [1-4] cannot be taken"):
+        list(read_documents(iter(lines), tokenizer, lambda token_ids: ()))
+
+
+def test_documents_that_come_twice(original, settings, tmp_path):
+    twice = changed(original, tmp_path / "file", 1, lambda data: data + data)
+    counts = manifest(lambda m: m.update(documents=2 * m["documents"], chunks=2 * m["chunks"]))
+    refused(settings, changed(twice, tmp_path / "twice", 0, counts), match="comes twice")
 
 
 def test_blocks_that_lie(original, settings, tmp_path):

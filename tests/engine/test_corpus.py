@@ -226,12 +226,12 @@ def test_a_prefetched_block_is_released_when_nobody_comes_for_it(opened):
         engine.add(DOCUMENTS)
         corpus, blocks, _ = engine._open_corpus()
         retriever = KVRetriever(corpus, blocks, engine.store.locate, ttl_s=0.2)
-        found = retriever.retrieve("lamp", 2, Search("dense", mmr=1.0), prefetch=True)
+        found = retriever.retrieve("lamp", 2, Search("dense", mmr=1.0, distinct=1.0), prefetch=True)
         wait_until(lambda: {i.handle.state for i in found} == {"released"})
         wait_until(lambda: engine.stats().open_blocks == 0)
         retriever.close()
         with pytest.raises(ClosedError):
-            retriever.retrieve("lamp", 2, Search("dense", mmr=1.0), prefetch=True)
+            retriever.retrieve("lamp", 2, Search("dense", mmr=1.0, distinct=1.0), prefetch=True)
 
 
 def test_a_missing_block_is_missing_also_when_prefetched(opened, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 
@@ -34,12 +36,13 @@ class Letters:
         return self.embed_documents([text])[0]
 
 
-@pytest.fixture
-def opened(tmp_path):
+@contextmanager
+def opened_with(folder, texts):
+    """A search over chunks of these names."""
     embedder = Letters()
-    with open_catalog(tmp_path) as catalog:
+    with open_catalog(folder) as catalog:
         ids = {}
-        for name, (text, metadata) in TEXTS.items():
+        for name, (text, metadata) in texts.items():
             document = Document(text, metadata=metadata)
             catalog.add_document(
                 "n",
@@ -50,7 +53,7 @@ def opened(tmp_path):
                 embedder=embedder.fingerprint,
             )
             (ids[name],) = catalog.document_chunks("n", document.id)
-        index = VectorIndex.open(tmp_path / "x.faiss", catalog, "n", "letters", embedder.dim)
+        index = VectorIndex.open(folder / "x.faiss", catalog, "n", "letters", embedder.dim)
         calls = []
 
         def dense():
@@ -59,6 +62,12 @@ def opened(tmp_path):
 
         names = {i: name for name, i in ids.items()}
         yield HybridSearch(catalog, "n", dense), names, calls
+
+
+@pytest.fixture
+def opened(tmp_path):
+    with opened_with(tmp_path, TEXTS) as opened:
+        yield opened
 
 
 def found(opened, question, k=5, **options):
@@ -128,6 +137,27 @@ def test_mmr_passes_over_copies(opened):
     assert varied[1][0] in {"mine", "zz"}
     assert varied[1][1].score == varied[1][1].match.cosine
     assert found(opened, "xyzzy", mode="lexical", mmr=0.5) == []
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "dense", "lexical"])
+def test_of_two_that_are_nearly_the_same_the_better_one_stays(tmp_path, mode):
+    original = "Anna keeps the lamp of Karsk and lights it every night of the long winter at dusk."
+    copy = original.replace("dusk", "nine")
+    texts = {"copy": copy, "original": original, "other": "A lamp needs oil in winter."}
+    texts = {name: (text, None) for name, text in texts.items()}
+    with opened_with(tmp_path, texts) as opened:
+        asked = "the lamp in winter"
+        plain = [name for name, _ in found(opened, asked, k=3, mode=mode)]
+        assert set(plain) == set(texts)
+        best = next(name for name in plain if name != "other")
+        thinned = found(opened, asked, k=3, mode=mode, distinct=0.7)
+        kept = [name for name, _ in thinned]
+        assert kept == [name for name in plain if name in (best, "other")]
+        # Scores stay, the next one takes the place, and what is less alike than that is left.
+        assert len(found(opened, asked, k=2, mode=mode, distinct=0.7)) == 2
+        assert [n for n, _ in found(opened, asked, k=3, mode=mode, distinct=0.9)] == plain
+        both = found(opened, asked, k=2, mode=mode, distinct=0.7, mmr=0.9)
+        assert {name for name, _ in both} == {best, "other"}
 
 
 @pytest.mark.parametrize("mode", ["hybrid", "dense", "lexical"])

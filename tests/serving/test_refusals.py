@@ -75,6 +75,8 @@ QUERY_REFUSALS = [
     ({"passages": None, "where": [1]}, 422, "where"),
     ({"passages": None, "mmr": 2}, 422, "mmr"),
     ({"passages": None, "mmr": True}, 422, "mmr"),
+    ({"passages": None, "distinct": 1.5}, 422, "distinct"),
+    ({"distinct": 0.5}, 422, "distinct"),
     ({"passages": None, "rerank": "bert"}, 422, "rerank"),
     ({"rerank": "cross_encoder"}, 422, "rerank"),
     ({"search": "dense"}, 422, "search"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import typer
 
@@ -20,16 +21,32 @@ from kvrag.cli.corpus.arguments import NameArgument
 __all__ = ["show"]
 
 _SHOWN_ORIGINS = 10
+_SHOWN_GROUPS = 50
 _SHOWN_CHARACTERS = 100
 
 
-def show(context: typer.Context, name: NameArgument, as_json: JsonOption = False) -> None:
+def show(
+    context: typer.Context,
+    name: NameArgument,
+    near_duplicates: Annotated[
+        bool, typer.Option("--near-duplicates", help="Compare all chunks with one another.")
+    ] = False,
+    threshold: Annotated[
+        float, typer.Option(min=0.01, max=1, help="From what similarity on they are listed.")
+    ] = 0.8,
+    as_json: JsonOption = False,
+) -> None:
     """What a corpus holds, where it came from, and what it was made with."""
     from kvrag.corpora.listing import describe
+    from kvrag.corpora.nearly import nearly_the_same
 
-    facts, origins = describe(settings_of(context, namespace=name))
+    settings = settings_of(context, namespace=name)
+    facts, origins = describe(settings)
+    groups = nearly_the_same(settings, threshold) if near_duplicates else []
     if as_json:
-        print_json(dataclasses.asdict(facts) | {"origins": origins})
+        more = {"near_duplicates": [list(map(dataclasses.asdict, group)) for group in groups]}
+        shown = dataclasses.asdict(facts) | {"origins": origins}
+        print_json(shown | more if near_duplicates else shown)
         return
     table = plain_table("", "")
     table.show_header = False
@@ -51,3 +68,7 @@ def show(context: typer.Context, name: NameArgument, as_json: JsonOption = False
     if len(origins) > _SHOWN_ORIGINS:
         table.add_row("", f"and {len(origins) - _SHOWN_ORIGINS} other files")
     show_lines(f"corpus {one_line(name)}", table)
+    if near_duplicates:
+        show_lines(f"{len(groups)} groups of chunks that are nearly the same")
+    for group in groups[:_SHOWN_GROUPS]:
+        show_lines("; ".join(f"{one.chunk} of {one_line(one.title)}" for one in group))

@@ -27,7 +27,7 @@ __all__ = ["ChatKVRag"]
 #: What LangChain itself passes along.
 _FRAMEWORK = frozenset({"stream", "stream_usage"})
 _GENERATION = ("max_tokens", "temperature", "top_p", "top_k", "seed", "strategy", "ratio")
-_SEARCH = ("k", "search", "where", "mmr", "rerank")
+_SEARCH = ("k", "search", "where", "mmr", "distinct", "rerank")
 
 
 class ChatKVRag(BaseChatModel):
@@ -52,6 +52,7 @@ class ChatKVRag(BaseChatModel):
     search: str | None = None
     where: dict[str, Any] | None = None
     mmr: float | None = None
+    distinct: float | None = None
     rerank: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None

@@ -31,11 +31,12 @@ class KVRagRetriever(BaseRetriever):
     k: int | None = None
     """Chunks to retrieve; None is the engine's setting. `invoke(question, k=…)` overrides it."""
     search: str | None = None
-    """`hybrid`, `dense` or `lexical`; None is the engine's setting, as for `mmr` and
-    `rerank`."""
+    """`hybrid`, `dense` or `lexical`; None is the engine's setting, as for `mmr`,
+    `distinct` and `rerank`."""
     where: dict[str, Any] | None = None
     """Filter over the documents' metadata, see docs/retrieval.md."""
     mmr: float | None = None
+    distinct: float | None = None
     rerank: str | None = None
     prefetch: bool = False
     """Whether to load the chunks' KV at once, for a question that follows."""
@@ -58,7 +59,7 @@ class KVRagRetriever(BaseRetriever):
         return [_document(chunk) for chunk in found]
 
     def _options(self) -> dict[str, Any]:
-        names = ("search", "where", "mmr", "rerank", "prefetch")
+        names = ("search", "where", "mmr", "distinct", "rerank", "prefetch")
         return {name: getattr(self, name) for name in names}
 
 

@@ -32,8 +32,8 @@ class KVRagRetriever(BaseRetriever):
     Args:
         source: an `Engine`, or the URL of a server.
         k: chunks to retrieve; None is the engine's setting.
-        search, where, mmr, rerank: how they are found, see docs/retrieval.md; None is the engine's
-            setting.
+        search, where, mmr, distinct, rerank: how they are found, see docs/retrieval.md; None is
+            the engine's setting.
         prefetch: whether to load the chunks' KV at once.
         client: options of `KVRagClient`, over a URL.
     """
@@ -46,6 +46,7 @@ class KVRagRetriever(BaseRetriever):
         search: str | None = None,
         where: dict[str, Any] | None = None,
         mmr: float | None = None,
+        distinct: float | None = None,
         rerank: str | None = None,
         prefetch: bool = False,
         callback_manager: CallbackManager | None = None,
@@ -57,6 +58,7 @@ class KVRagRetriever(BaseRetriever):
             "search": search,
             "where": where,
             "mmr": mmr,
+            "distinct": distinct,
             "rerank": rerank,
             "prefetch": prefetch,
         }
