@@ -15,7 +15,8 @@ import logging
 import operator
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -55,14 +56,17 @@ from kvrag.generation.prefix_cache import PrefixCache
 from kvrag.home import Home
 from kvrag.kernels.native import NativeUnpack
 from kvrag.models.forward import extend
-from kvrag.models.source import Model, open_model
+from kvrag.models.source import Model
 from kvrag.opened_corpus import Opened, OpenedCorpus
+from kvrag.opened_model import device_of, opened_model
 from kvrag.passages import Passage, passage_chunks
 from kvrag.precompute.job import PrecomputeJob, Progress
 from kvrag.precompute.manifest import write_manifest
 from kvrag.precompute.plan import Plan, plan
 from kvrag.precompute.prune import prune
+from kvrag.precompute.ray_workers import RayWorkers
 from kvrag.precompute.shard import Shard
+from kvrag.precompute.worker import Recipe
 from kvrag.prefill import Prefill, Prefilled
 from kvrag.prompting import PromptLayout
 from kvrag.references import References
@@ -122,21 +126,12 @@ class Engine:
         if settings.threads is not None:
             # torch knows one number of threads a process; the last engine opened sets it.
             torch.set_num_threads(settings.threads)
-        device = _device(settings.device)
+        device = device_of(settings.device)
         try:
             create(settings.strategy, settings.ratio)
         except InputError as exc:
             raise SettingsError(f"setting 'strategy' or 'ratio': {exc}") from exc
-        self.model = model or open_model(
-            settings.model,
-            settings.models_dir,
-            dtype=getattr(torch, settings.dtype),
-            device=device,
-            context_length=settings.context_length,
-            int8_decoding=settings.decode_weights == "int8",
-            kernels=settings.kernels,
-            kernels_dir=settings.kernels_dir,
-        )
+        self.model = model or opened_model(settings)
         self._texts = EncodedTexts(self.model.tokenizer)
         self._prefixes = PrefixCache(self.model.decoder)
         self._kv_memory = KVMemory()
@@ -414,6 +409,7 @@ class Engine:
         *,
         shard: Shard | None = None,
         rebuild: bool = False,
+        workers: RayWorkers | None = None,
     ) -> Progress:
         """Add documents to the corpus and compute the KV that they lack for this model.
 
@@ -428,15 +424,17 @@ class Engine:
             cancelled: asked as often; true ends the job, and what was stored stays.
             shard: the part of the documents that is added here; None is all.
             rebuild: whether documents that other settings cut otherwise are replaced.
+            workers: compute the KV instead of this process, on machines that share the home.
 
         Raises:
             StorageFullError: no durable tier takes a block.
             CorpusSettingsError: a corpus of another `chunk_tokens` or `embedder`.
+            WorkersError: workers could not be had, or failed; what was stored before stays.
         """
-        job = self._job(shard, rebuild=rebuild)
-        corpus, _, _ = self._open_corpus()
-        corpus.agree(rebuild=rebuild)
-        progress = job.run(documents, report, self._unless_closed(cancelled))
+        with self._job(shard, rebuild=rebuild, workers=workers) as job:
+            corpus, _, _ = self._open_corpus()
+            corpus.agree(rebuild=rebuild)
+            progress = job.run(documents, report, self._unless_closed(cancelled))
         if rebuild and not progress.cancelled:
             corpus.rebuilt()
         if progress.documents_replaced:
@@ -477,9 +475,12 @@ class Engine:
         self,
         report: Callable[[Progress], None] = lambda progress: None,
         cancelled: Callable[[], bool] = lambda: False,
+        *,
+        workers: RayWorkers | None = None,
     ) -> Progress:
         """Compute the KV that the corpus lacks for this model. As `add`, without documents."""
-        return self._job().run(None, report, self._unless_closed(cancelled))
+        with self._job(workers=workers) as job:
+            return job.run(None, report, self._unless_closed(cancelled))
 
     def corpus_parts(self) -> CorpusParts:
         """What the corpus is made of, for whoever checks, exports or imports one."""
@@ -621,16 +622,20 @@ class Engine:
         return given_up
 
     def _opened_codec(self) -> Codec:
+        native = self.model.decoder.kernels.native
+        unpack = None if native is None else NativeUnpack(native)
+        return codec(self.settings.codec, fine=self._fine_channels(), unpack=unpack)
+
+    def _fine_channels(self) -> list[list[list[int]]]:
         """Where a codec is calibrated, as the first who opened it with this model had it."""
         name, model = self.settings.codec, self.model
-        native = model.decoder.kernels.native
-        unpack = None if native is None else NativeUnpack(native)
         if name != "int4":
-            return codec(name, unpack=unpack)
+            return []
         calibrated = self._fixed.first(
             f"codec {name} {model.fingerprint}", lambda: json.dumps(fine_channels(model))
         )
-        return codec(name, fine=json.loads(calibrated), unpack=unpack)
+        found: list[list[list[int]]] = json.loads(calibrated)
+        return found
 
     def _blocks(self, prefix_ids: Sequence[int], context: str) -> PlacedBlocks:
         """Blocks of chunks as a prompt's first, and behind `context`."""
@@ -694,19 +699,32 @@ class Engine:
         by_name = isinstance(name, str) and not _names_ratio(name)
         return settings.controller and not given and by_name
 
-    def _job(self, shard: Shard | None = None, *, rebuild: bool = False) -> PrecomputeJob:
+    @contextmanager
+    def _job(
+        self,
+        shard: Shard | None = None,
+        *,
+        rebuild: bool = False,
+        workers: RayWorkers | None = None,
+    ) -> Iterator[PrecomputeJob]:
         self._check_open()
         self._fixed.make_corpus()
         corpus, blocks, _ = self._open_corpus()
         kinds = partial(blocks.kinds, first=self.settings.first_blocks)
-        return PrecomputeJob(
-            corpus,
-            kinds,
-            self._references,
-            self.store.holds_durably,
-            shard=shard,
-            rebuild=rebuild,
-        )
+        with ExitStack() as stack:
+            elsewhere = None
+            if workers is not None:
+                recipe = Recipe.of(self.settings, blocks.all, self._fine_channels())
+                elsewhere = stack.enter_context(workers.opened(recipe))
+            yield PrecomputeJob(
+                corpus,
+                kinds,
+                self._references,
+                self.store.holds_durably,
+                shard=shard,
+                rebuild=rebuild,
+                elsewhere=elsewhere,
+            )
 
     def _context(
         self,
@@ -852,12 +870,3 @@ def _names_ratio(strategy: object) -> bool:
 
 def _first(given: T | None, otherwise: T) -> T:
     return otherwise if given is None else given
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as exc:
-        raise SettingsError(f"setting 'device' is {name!r}: {exc}") from exc
-    return device

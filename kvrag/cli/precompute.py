@@ -61,6 +61,15 @@ def precompute(
     manifest: Annotated[
         Path | None, typer.Option(help="File for a list of what the corpus then holds.")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Compute on Ray: local, auto or a cluster's host:port."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Ray's workers; as many as there is room for.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell what it would take, and store nothing.")
     ] = False,
@@ -80,6 +89,8 @@ def precompute(
     part = Shard.parse(shard)
     if not paths and (part.count > 1 or prune or rebuild or dry_run):
         raise InputError("--shard, --prune, --rebuild and --dry-run need files, folders or URLs")
+    if workers is not None and ray is None:
+        raise InputError("--workers needs --ray")
     # A path that does not exist is found here, before a model is opened.
     documents = (
         read(paths, max_bytes=settings.max_document_bytes, encoding=encoding) if paths else None
@@ -91,7 +102,9 @@ def precompute(
     from kvrag.engine import Engine
     from kvrag.home import Home
     from kvrag.precompute.lock import only_job
+    from kvrag.precompute.ray_workers import RayWorkers
 
+    on_ray = None if ray is None else RayWorkers(ray, workers)
     lock = Home(settings.home).job_lock(settings.namespace, str(part))
     with (
         Engine.open(settings) as engine,
@@ -103,9 +116,9 @@ def precompute(
             show_standing(_standing(progress))
 
         if documents is None:
-            progress = engine.complete(report)
+            progress = engine.complete(report, workers=on_ray)
         else:
-            progress = engine.add(documents, report, shard=part, rebuild=rebuild)
+            progress = engine.add(documents, report, shard=part, rebuild=rebuild, workers=on_ray)
             if prune and paths:
                 progress.documents_vanished = engine.prune(paths)
         if manifest is not None:

@@ -3,7 +3,8 @@
 Loading, cutting, embedding, computing and storing overlap, each a bounded number of items ahead of
 the next. What is done is what the store holds: after a kill the job looks at each chunk's key and
 computes only the blocks that no durable tier has. Memory does not grow with the corpus, apart from
-the vector index, an id a document, and a few hundred bytes a block in the store's ledger.
+the vector index, an id a document, and a few hundred bytes a block in the store's ledger. Where
+workers elsewhere compute, they begin when all documents are stored (`elsewhere`).
 
 Chunks are computed one at a time: joining the rows of several gains nothing on a CPU, where 64
 rows keep the products as busy as a thousand do. By the processor's time the model alone is 0.76 to
@@ -13,20 +14,19 @@ rows keep the products as busy as a thousand do. By the processor's time the mod
 from __future__ import annotations
 
 import threading
-import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from kvrag.blocks import ChunkBlocks
 from kvrag.corpus import Corpus
-from kvrag.errors import KvragError
 from kvrag.precompute.ahead import Stages
+from kvrag.precompute.elsewhere import Elsewhere, Handed
 from kvrag.precompute.filing import Filed, Filing, Item
+from kvrag.precompute.making import Effort, Maker, StorageFullError, Wanted
 from kvrag.precompute.progress import Progress
 from kvrag.precompute.shard import Shard
 from kvrag.references import References
-from kvrag.store.block import Block
 from kvrag.store.keys import BlockKey
 
 __all__ = ["PrecomputeJob", "Progress", "StorageFullError"]
@@ -35,10 +35,6 @@ __all__ = ["PrecomputeJob", "Progress", "StorageFullError"]
 _DOCUMENTS_AHEAD = 4
 #: Chunks in hand: one is computed while the blocks of the other are stored.
 _CHUNKS_IN_HAND = 2
-
-
-class StorageFullError(KvragError):
-    """A corpus block could not be stored durably; what was stored before stays."""
 
 
 class PrecomputeJob:
@@ -53,15 +49,20 @@ class PrecomputeJob:
         *,
         shard: Shard | None = None,
         rebuild: bool = False,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
-        """kinds: the blocks to make of a chunk. `is_stored` asks the durable tiers for a key."""
+        """kinds: the blocks to make of a chunk. `is_stored` asks the durable tiers for a key.
+
+        elsewhere: what makes blocks instead of this process.
+        """
         self._corpus, self._kinds = corpus, kinds
         self._references, self._is_stored = references, is_stored
         self._shard, self._rebuild = shard or Shard(), rebuild
+        self._elsewhere, self._maker = elsewhere, Maker(is_stored)
         self._progress = Progress()
-        #: Held while the model computes, and while the numbers are changed.
-        self._computing, self._counting = threading.Lock(), threading.Lock()
-        self._begun: float | None = None
+        #: Held while the numbers are changed.
+        self._counting = threading.Lock()
+        self._begun_s: float | None = None
 
     def run(
         self,
@@ -77,11 +78,15 @@ class PrecomputeJob:
 
         Raises:
             StorageFullError: no durable tier takes a block.
+            WorkersError: what makes blocks elsewhere did not do so.
         """
         progress = self._progress
         with Stages() as stages:
             chunk_ids = self._all() if documents is None else self._added(documents, stages)
-            self._compute(chunk_ids, report, cancelled)
+            if self._elsewhere is None:
+                self._compute(chunk_ids, report, cancelled)
+            else:
+                self._have_made(self._elsewhere, chunk_ids, report, cancelled)
         return progress
 
     def _all(self) -> Iterator[int | None]:
@@ -138,52 +143,76 @@ class PrecomputeJob:
                     future.cancel()
 
     def _chunk(self, chunk_id: int) -> None:
+        lacking = self._lacking(chunk_id)
+        for wanted in lacking or ():
+            self._spent(self._maker.make(wanted))
+        self._done(stored_before=lacking == [])
+
+    def _have_made(
+        self,
+        elsewhere: Elsewhere,
+        chunk_ids: Iterator[int | None],
+        report: Callable[[Progress], None],
+        cancelled: Callable[[], bool],
+    ) -> None:
+        handed, due = Handed(self._is_stored), Counter[int]()
+
+        def given_up() -> bool:
+            self._progress.cancelled = self._progress.cancelled or cancelled()
+            return self._progress.cancelled
+
+        def all_lacking() -> Iterator[Wanted]:
+            for chunk_id in chunk_ids:
+                if given_up():
+                    return
+                if chunk_id is not None:
+                    lacking = self._lacking(chunk_id)
+                    new = [wanted for wanted in lacking or () if handed.add(wanted)]
+                    if new:
+                        due[chunk_id] = len(new)
+                        yield from new
+                    else:  # here, or under way for an equal chunk
+                        self._done(stored_before=lacking is not None)
+                report(self._progress)
+
+        for reports in elsewhere.make(all_lacking(), given_up):
+            for made in reports:
+                chunk_id = handed.take(made)
+                self._spent(made.effort)
+                due[chunk_id] -= 1
+                if not due[chunk_id]:
+                    del due[chunk_id]
+                    self._done(stored_before=False)
+            report(self._progress)
+        if not self._progress.cancelled:
+            handed.check()
+
+    def _lacking(self, chunk_id: int) -> list[Wanted] | None:
+        """The blocks that no durable tier has; None if the chunk was deleted meanwhile."""
         token_ids = self._corpus.token_ids(chunk_id)
-        made = False
-        if token_ids is not None:
-            for kind in self._kinds(token_ids):
-                made |= self._store(kind, chunk_id, token_ids)
+        if token_ids is None:
+            return None
+        wanted = [Wanted(chunk_id, blocks, token_ids) for blocks in self._kinds(token_ids)]
+        for item in wanted:
+            # The reference comes first: a block without one may be evicted, a reference without its
+            # block only means that the block is computed when it is wanted.
+            if not self._references.add(item.key, chunk_id, item.blocks.scope):
+                return None
+        return [item for item in wanted if not self._is_stored(item.key)]
+
+    def _done(self, *, stored_before: bool) -> None:
         with self._counting:
-            self._progress.chunks_stored_before += token_ids is not None and not made
+            self._progress.chunks_stored_before += stored_before
             self._progress.chunks_done += 1
 
-    def _store(self, blocks: ChunkBlocks, chunk_id: int, token_ids: tuple[int, ...]) -> bool:
-        """False if the block was there already."""
-        key = blocks.key(token_ids)
-        # The reference comes first: a block without one may be evicted, a reference without its
-        # block only means that the block is computed when it is wanted.
-        if not self._references.add(key, chunk_id, blocks.scope):
-            return True  # deleted meanwhile
-        if self._is_stored(key):
-            return False
-
-        def compute() -> Block:
-            block = self._computed(blocks, token_ids)
-            self._put(blocks, block, chunk_id)
-            with self._counting:
-                self._progress.tokens_computed += len(token_ids)
-            return block
-
-        made = blocks.make(token_ids, compute)
-        if made is not None and not made.computed and not self._is_stored(key):
-            # Who computed it was a request, whose KV need not become durable.
-            self._put(blocks, made.block, chunk_id)
-        return True
-
-    def _computed(self, blocks: ChunkBlocks, token_ids: tuple[int, ...]) -> Block:
-        with self._computing:
-            begun = time.perf_counter()
-            self._begun = begun if self._begun is None else self._begun
-            block = blocks.compute(token_ids)
-            self._progress.compute_s += time.perf_counter() - begun
-            return block
-
-    def _put(self, blocks: ChunkBlocks, block: Block, chunk_id: int) -> None:
-        outcome = blocks.put(block, durable_only=True)
-        if not outcome.durable:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.refused)
-            raise StorageFullError(f"the KV of chunk {chunk_id} could not be stored ({reasons})")
+    def _spent(self, effort: Effort) -> None:
+        progress = self._progress
         with self._counting:
-            self._progress.bytes_written += block.nbytes
-            if self._begun is not None:
-                self._progress.seconds = time.perf_counter() - self._begun
+            progress.tokens_computed += effort.tokens
+            progress.bytes_written += effort.nbytes
+            progress.compute_s += effort.compute_s
+            if effort.begun_s is not None:
+                begun_s = effort.begun_s if self._begun_s is None else self._begun_s
+                self._begun_s = min(begun_s, effort.begun_s)
+            if effort.ended_s is not None and self._begun_s is not None:
+                progress.seconds = max(progress.seconds, effort.ended_s - self._begun_s)

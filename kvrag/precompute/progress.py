@@ -17,7 +17,8 @@ class Progress:
     them no longer, or because another content came under their id, which counts as added, too.
     documents_vanished: gone because their file is. total_chunks, of the documents that the job was
     given, is known when all of them are added. seconds: from the first block that had to be
-    computed to the last that was stored; compute_s: of that, in the model.
+    computed to the last that was stored; compute_s: of that, in the model; of several workers,
+    added up, and without what one that died could not report any more.
     """
 
     documents_added: int = 0
@@ -41,7 +42,7 @@ class Progress:
 
     @property
     def busy(self) -> float:
-        """The share of `seconds` in which the model computed."""
+        """The share of `seconds` in which the model computed; up to the number of workers."""
         return self.compute_s / self.seconds if self.seconds else 0.0
 
     @property
