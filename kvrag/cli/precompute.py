@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,6 +111,8 @@ def precompute(
         Engine.open(settings) as engine,
         only_job(lock, tell_waiting(settings.namespace)),
         shown() as show_standing,
+        # Ray prints there what happens to its processes.
+        nullcontext() if on_ray is None else redirect_stdout(sys.stderr),
     ):
 
         def report(progress: Progress) -> None:

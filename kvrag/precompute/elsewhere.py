@@ -9,7 +9,7 @@ block, so workers may be killed and their work given to others.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,8 +42,11 @@ class Elsewhere(Protocol):
 
     def make(
         self, wanted: Iterator[Wanted], cancelled: Callable[[], bool]
-    ) -> Iterator[Sequence[Report]]:
-        """One report a block, in any order; fewer if cancelled, which is asked between them."""
+    ) -> Generator[Sequence[Report], None, None]:
+        """One report a block, in any order; fewer if cancelled, which is asked between them.
+
+        Closing it stops what is under way.
+        """
         ...
 
 

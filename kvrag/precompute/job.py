@@ -17,6 +17,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 
 from kvrag.blocks import ChunkBlocks
 from kvrag.corpus import Corpus
@@ -175,15 +176,17 @@ class PrecomputeJob:
                         self._done(stored_before=lacking is not None)
                 report(self._progress)
 
-        for reports in elsewhere.make(all_lacking(), given_up):
-            for made in reports:
-                chunk_id = handed.take(made)
-                self._spent(made.effort)
-                due[chunk_id] -= 1
-                if not due[chunk_id]:
-                    del due[chunk_id]
-                    self._done(stored_before=False)
-            report(self._progress)
+        # Closed at once, also where a report ends the job: the workers are then free for others.
+        with closing(elsewhere.make(all_lacking(), given_up)) as all_reports:
+            for reports in all_reports:
+                for made in reports:
+                    chunk_id = handed.take(made)
+                    self._spent(made.effort)
+                    due[chunk_id] -= 1
+                    if not due[chunk_id]:
+                        del due[chunk_id]
+                        self._done(stored_before=False)
+                report(self._progress)
         if not self._progress.cancelled:
             handed.check()
 

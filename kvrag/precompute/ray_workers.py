@@ -12,18 +12,20 @@ import importlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from kvrag.errors import InputError, KvragError, MissingExtraError
+from kvrag.errors import InputError, MissingExtraError
 from kvrag.precompute.elsewhere import Elsewhere, Report, WorkersError
 from kvrag.precompute.making import Effort, Wanted
 from kvrag.precompute.worker import Recipe, Worker
 
 __all__ = ["RayWorkers"]
+
+_log = logging.getLogger(__name__)
 
 #: Blocks that a worker is given together, and loses together when it dies.
 _AT_ONCE = 8
@@ -91,6 +93,9 @@ class RayWorkers:
         except Exception as exc:  # Ray has no type for it
             ray.shutdown()
             raise WorkersError(f"no Ray cluster at {self.address!r}: {_first_line(exc)}") from exc
+        for handler in logging.getLogger("ray.data").handlers:
+            if handler.name == "console":  # its plans and states; a file has them, too
+                handler.setLevel(logging.ERROR)
 
 
 class _Actors:
@@ -101,12 +106,11 @@ class _Actors:
 
     def make(
         self, wanted: Iterator[Wanted], cancelled: Callable[[], bool]
-    ) -> Iterator[Sequence[Report]]:
+    ) -> Generator[Sequence[Report], None, None]:
         """See `Elsewhere`. Begins when the last of `wanted` is known.
 
         Raises:
-            KvragError: a worker's own, when it could not be opened.
-            WorkersError: workers died again and again, or failed.
+            WorkersError: a worker could not be opened or failed, or workers died again and again.
         """
         tables = [_table(some) for some in iter(lambda: list(islice(wanted, _AT_ONCE)), [])]
         if not tables or cancelled():
@@ -121,30 +125,40 @@ class _Actors:
             compute=self._ray.data.ActorPoolStrategy(size=min(self._count, len(tables))),
             num_cpus=self._threads,
             num_gpus=1 if self._recipe.values["device"] == "cuda" else 0,
-            max_task_retries=_RETRIES,
+            ray_remote_args_fn=_limits,
         )
         del tables
-        results = iter(
-            made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-        )
+        results = made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         try:
-            for table in results:
-                yield _reports(table)
-                if cancelled():
-                    return
+            with closing(iter(results)) as tables_made:
+                for table in tables_made:
+                    yield _reports(table)
+                    if cancelled():
+                        return
         except self._ray.exceptions.RayError as exc:
-            raise _ours(exc) from exc
+            raise WorkersError(f"Ray's workers failed: {_first_line(exc)}") from exc
 
 
 class _Actor:
-    """A worker as Ray calls it, once a table."""
+    """A worker as Ray calls it, once a table. What fails is told in place of the reports.
+
+    Raised, it would be lines of Ray's own code on the terminal, and no more than text in the end.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
-        self._worker = Worker(recipe)
+        self._recipe = recipe
+        self._worker: Worker | None = None
 
     def __call__(self, asked: Any) -> Any:
         columns = (asked[name].to_pylist() for name in ("chunk", "scope", "token_ids"))
-        reports = self._worker.make(list(zip(*columns, strict=True)))
+        failure = ""
+        try:
+            if self._worker is None:
+                self._worker = Worker(self._recipe)
+            reports = self._worker.make(list(zip(*columns, strict=True)))
+        except Exception as exc:
+            _log.exception("these blocks are not made")
+            reports, failure = [Report(b"", Effort())], _first_line(exc)
         return _arrow().table(
             {
                 "key": [report.key for report in reports],
@@ -152,8 +166,14 @@ class _Actor:
                 "nbytes": [report.effort.nbytes for report in reports],
                 "compute_s": [report.effort.compute_s for report in reports],
                 "refused": [report.refused for report in reports],
+                "failure": [failure] * len(reports),
             }
         )
+
+
+def _limits() -> dict[str, int]:
+    """Of Ray: without, rows that kill each worker would be tried for ever."""
+    return {"max_task_retries": _RETRIES}
 
 
 def _table(wanted: Sequence[Wanted]) -> Any:
@@ -168,8 +188,13 @@ def _table(wanted: Sequence[Wanted]) -> Any:
 
 
 def _reports(table: Any) -> list[Report]:
-    """The reports of some blocks, in the time of this process: they came just now."""
+    """The reports of some blocks, in the time of this process: they came just now.
+
+    Raises WorkersError for what failed.
+    """
     rows = table.to_pylist()
+    if rows[0]["failure"]:
+        raise WorkersError(f"a worker failed: {rows[0]['failure']}")
     now_s = time.perf_counter()
     begun_s = now_s - sum(row["compute_s"] for row in rows)
     reports = []
@@ -185,16 +210,6 @@ def _reports(table: Any) -> list[Report]:
 
 def _arrow() -> Any:
     return importlib.import_module("pyarrow")
-
-
-def _ours(exc: BaseException) -> KvragError:
-    """What a worker raised, if it was one of ours, or an error that names what Ray says."""
-    found: BaseException | None = exc
-    while found is not None:
-        if isinstance(found, KvragError):
-            return found
-        found = getattr(found, "cause", None) or found.__cause__
-    return WorkersError(f"Ray's workers failed: {_first_line(exc)}")
 
 
 def _first_line(exc: BaseException) -> str:

@@ -196,9 +196,11 @@ def test_a_worker_that_cannot_be_opened_ends_the_job(cluster, settings, tmp_path
     ]
     secret = "ab" * 32
     line = ["precompute", str(tmp_path / "a.txt"), "--ray", "local", "--workers", "1"]
-    assert run([*line, *options, f"--set=encryption_key={secret}"]) == 2
-    error = capfd.readouterr().err
-    assert "setting 'encryption_key' is set for the job and not for its worker" in error
+    assert run([*line, *options, f"--set=encryption_key={secret}"]) == 1
+    out, error = capfd.readouterr()
+    assert out == ""
+    said = "error: a worker failed: SettingsError: setting 'encryption_key' is set for the job"
+    assert said in error
     assert secret not in error
     assert cluster.is_initialized()  # it was there before
 
