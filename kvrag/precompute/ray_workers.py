@@ -12,6 +12,7 @@ import importlib
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 #: Blocks that a worker is given together, and loses together when it dies.
 _AT_ONCE = 8
+#: Of them so many wait at a worker, the ones that it makes included.
+_IN_FLIGHT = 2
 #: How often such blocks are given to another worker: what kills each must not do so for ever.
 _RETRIES = 5
 #: Of a cluster of our own: nothing but token ids is ever in it.
@@ -117,16 +120,22 @@ class _Actors:
             return
         data = self._ray.data.from_arrow(tables)
         data.context.enable_progress_bars = False
-        made = data.map_batches(
-            _Actor,
-            fn_constructor_args=(self._recipe,),
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=self._ray.data.ActorPoolStrategy(size=min(self._count, len(tables))),
-            num_cpus=self._threads,
-            num_gpus=1 if self._recipe.values["device"] == "cuda" else 0,
-            ray_remote_args_fn=_limits,
-        )
+        with warnings.catch_warnings():
+            # `max_task_retries` has no other way in, and without it rows that kill each worker
+            # would be tried for ever.
+            warnings.simplefilter("ignore", self._ray.util.annotations.RayDeprecationWarning)
+            made = data.map_batches(
+                _Actor,
+                fn_constructor_args=(self._recipe,),
+                batch_size=None,
+                batch_format="pyarrow",
+                compute=self._ray.data.ActorPoolStrategy(
+                    size=min(self._count, len(tables)), max_tasks_in_flight_per_actor=_IN_FLIGHT
+                ),
+                num_cpus=self._threads,
+                num_gpus=1 if self._recipe.values["device"] == "cuda" else 0,
+                max_task_retries=_RETRIES,
+            )
         del tables
         results = made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         try:
@@ -169,11 +178,6 @@ class _Actor:
                 "failure": [failure] * len(reports),
             }
         )
-
-
-def _limits() -> dict[str, int]:
-    """Of Ray: without, rows that kill each worker would be tried for ever."""
-    return {"max_task_retries": _RETRIES}
 
 
 def _table(wanted: Sequence[Wanted]) -> Any:
