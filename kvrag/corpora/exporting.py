@@ -9,14 +9,11 @@ whoever imports the blocks makes new ones.
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 from kvrag.blocks import ChunkBlocks
 from kvrag.config import Settings
@@ -27,15 +24,15 @@ from kvrag.corpora.manifest import Manifest, Prefix
 from kvrag.corpora.parts import CorpusParts
 from kvrag.corpora.rows import written_rows
 from kvrag.engine import Engine
-from kvrag.errors import CorpusBusyError, CorpusFileError, CorpusSettingsError, InputError
+from kvrag.errors import CorpusBusyError, CorpusSettingsError, InputError
 from kvrag.precompute.lock import Waiting
 from kvrag.store.errors import BlockFormatError
-from kvrag.store.files import open_new, sync_folder
 from kvrag.store.keys import BlockKey, packed
 from kvrag.store.maintenance import read_settled
 from kvrag.store.tier import Tier
 from kvrag.tiers import open_disk
 from kvrag.upkeep.standing import Report, Standing
+from kvrag.whole_file import whole_file
 
 __all__ = ["Exported", "export_corpus"]
 
@@ -80,7 +77,7 @@ def export_corpus(settings: Settings, path: Path, *, waiting: Waiting, report: R
         generation = parts.catalog.generation(name)
         manifest = _manifest(parts)
         exported.left_out = _num_left_out(parts)
-        with closing(open_disk(settings)) as disk, _replaced(path) as file:
+        with closing(open_disk(settings)) as disk, whole_file(path) as file:
             writer = ArchiveWriter(file)
             writer.add(MANIFEST, [manifest.dumps()])
             _write_rows(writer, parts, manifest, exported)
@@ -194,21 +191,3 @@ def _referred(
 def _batches(ids: Iterator[int]) -> Iterator[list[int]]:
     while batch := list(islice(ids, _BATCH)):
         yield batch
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[BinaryIO]:
-    """A new file, for its owner alone, that takes the place of `path` when the block ends well."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    try:
-        try:
-            with os.fdopen(open_new(partial), "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-            sync_folder(path.parent)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as exc:
-        raise CorpusFileError(f"{path} cannot be written: {exc.strerror or exc}") from exc

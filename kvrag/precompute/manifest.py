@@ -7,13 +7,14 @@ so that `diff` compares corpora. Digests are of token ids, which name a chunk wi
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from kvrag.corpus import Corpus
+from kvrag.whole_file import whole_file
 
 __all__ = ["digest", "write_manifest"]
 
@@ -21,16 +22,11 @@ _DIGEST_BYTES = 16
 
 
 def write_manifest(path: Path, corpus: Corpus, made_with: Mapping[str, Any]) -> None:
-    """Write the manifest, whole or not at all. Raises OSError."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            for entry in (made_with, *_documents(corpus)):
-                file.write(json.dumps(entry, ensure_ascii=False, sort_keys=True) + "\n")
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    """Write the manifest, whole or not at all. Raises CorpusFileError."""
+    with whole_file(path) as file:
+        for entry in chain([made_with], _documents(corpus)):
+            line = json.dumps(entry, ensure_ascii=False, sort_keys=True)
+            file.write(f"{line}\n".encode())
 
 
 def _documents(corpus: Corpus) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -94,10 +95,19 @@ def test_verify_tells_and_mends(kvrag, home):
     assert kvrag("corpus", "verify", "default").code == 0
 
 
-def test_drop_asks_and_leaves_nothing(kvrag, home):
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_drop_asks_and_leaves_nothing(kvrag, home, monkeypatch):
     asked = kvrag("corpus", "drop", "default")
     assert asked.code == 2
     assert "--yes" in asked.error
+    monkeypatch.setattr("sys.stdin", Terminal("n\n"))
+    declined = kvrag("corpus", "drop", "default")
+    assert (declined.code, declined.out) == (1, "nothing was deleted\n")
+    assert "Delete 1 documents and their KV of default?" in declined.err
     assert block_files(home)
     dropped = kvrag("corpus", "drop", "default", "--yes", "--json").json
     assert dropped["documents"] == 1

@@ -17,7 +17,9 @@ from kvrag.errors import (
     CorpusSettingsError,
     InputError,
 )
+from kvrag.home import Home
 from kvrag.precompute.job import StorageFullError
+from kvrag.precompute.lock import only_job
 from kvrag.retrieval import Document
 from kvrag.retrieval.catalog import Catalog
 from kvrag.store.errors import EncryptionKeyError
@@ -213,6 +215,15 @@ def test_a_killed_import_leaves_no_corpus_and_goes_on(made, settings, tmp_path):
     assert contents(target) == contents(source)
     assert {path: path.stat().st_mtime_ns for path in left} == before
     assert collect(target, unused_s=0, dry_run=False, waiting=nobody).orphans == 0
+
+
+def test_collecting_waits_for_an_import(made):
+    settings = made()
+    with (
+        only_job(Home(settings.home).import_lock, nobody),
+        pytest.raises(AssertionError, match="waits for process"),
+    ):
+        collect(settings, unused_s=0, dry_run=False, waiting=nobody)
 
 
 def test_what_an_import_stored_before_it_failed_is_deleted(made, settings, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,24 @@ def test_huge_line_is_skipped_without_being_held(tmp_path):
         for item in load([path], max_bytes=100)
     ]
     assert texts == ["good", f"{path}:2", "good", f"{path}:4"]
+
+
+def test_a_line_of_a_hundred_megabytes_takes_no_memory(tmp_path):
+    path, good = tmp_path / "a.jsonl", b'{"text": "good"}\n'
+    with path.open("wb") as file:
+        file.write(good + b'{"text": "')
+        for _ in range(100):
+            file.write(b"x" * 1_000_000)
+        file.write(b'"}\n' + good)
+    tracemalloc.start()
+    try:
+        items = list(load([path], max_bytes=1_000_000))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [type(item) for item in items] == [Document, Skipped, Document]
+    assert "more than 1000000 bytes" in items[1].reason
+    assert peak < 16_000_000
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from kvrag.cli.corpus.arguments import NameArgument
 
 __all__ = ["drop"]
 
+_EXIT_DECLINED = 1
+
 
 def drop(
     context: typer.Context,
@@ -33,8 +35,13 @@ def drop(
     if not yes:
         if not sys.stdin.isatty():
             raise InputError("dropping a corpus asks first, and there is nobody to ask: give --yes")
-        question = f"Delete {facts.documents} documents and their KV of {one_line(name)}?"
-        typer.confirm(question, abort=True, err=True)
+        # Not typer's own question, which writes a space to stdout.
+        kept = f"{facts.documents} documents and their KV of {one_line(name)}"
+        sys.stderr.write(f"Delete {kept}? [y/N] ")
+        sys.stderr.flush()
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            show("nothing was deleted")
+            raise typer.Exit(_EXIT_DECLINED)
     dropped = drop_corpus(settings)
     if as_json:
         print_json({"corpus": name} | dataclasses.asdict(dropped))

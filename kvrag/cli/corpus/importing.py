@@ -34,7 +34,7 @@ def import_(
         settings_of(context, namespace=name)  # whether it can be one
     with shown() as report:
         imported = import_corpus(
-            settings, file, name, waiting=tell_waiting(name or "of the file"), report=report
+            settings, file, name, waiting=tell_waiting(name or file.name), report=report
         )
     if as_json:
         print_json(dataclasses.asdict(imported))
