@@ -8,7 +8,7 @@ TEST_MODELS := $(VENV)/.test-models
 # make demo MODEL=gemma3-270m: a packaged model, or the path of a folder or GGUF file.
 MODEL ?= smollm2-135m
 
-.PHONY: demo test check lint types soak bench models install format clean help
+.PHONY: demo test check lint types soak bench models install format clean docs help
 
 help: ## Show the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -55,6 +55,9 @@ types: $(INSTALLED) ## Types, strictly
 
 check: lint types test ## What CI runs
 
+docs: $(INSTALLED) ## The site of docs/, into site/
+	$(BIN)/mkdocs build --strict --quiet
+
 bench: $(MODELS) ## TTFT and decode speed against transformers
 	$(BIN)/kvrag bench ttft
 
@@ -63,4 +66,4 @@ format: $(INSTALLED) ## Rewrite the files in the project's style
 	$(BIN)/ruff format .
 
 clean: ## Remove what was built here
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-home
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-home site

@@ -17,8 +17,8 @@ PAGES = [
         *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
     )
 ]
-#: `text` is what a program prints, or a picture: it is shown and not run.
-LANGUAGES = ("bash", "python", "json", "toml", "text")
+#: `text` is what a program prints, or a picture: it is shown and not run. `ini` is systemd's.
+LANGUAGES = ("bash", "python", "json", "toml", "ini", "text")
 
 _FENCE = re.compile(
     r"^(?:<!-- not run: (?P<reason>.*?) -->\n+)?(?P<indent> *)```(?P<language>\w*)\n"
