@@ -17,7 +17,7 @@ _PANELS = (
     ("recall@10", "recall@10", False),
     ("cpu_p50_ms", "a search, median (ms of one processor)", True),
     ("build_cpu_s", "build (s of one processor)", True),
-    ("bytes_per_vector", "memory a vector (bytes)", False),
+    ("bytes_per_vector", "bytes a vector", False),
 )
 
 
