@@ -17,9 +17,9 @@ _ADDRESS = "127.0.0.1:8321"
 
 @pytest.fixture(scope="session")
 def zygote(tmp_path_factory) -> Iterator[Zygote]:
-    if shutil.which("curl") is None:
-        pytest.skip("the pages' commands need curl")
-    # A socket's path has room for some 100 bytes.
+    missing = [name for name in ("bash", "curl", "openssl", "tar") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"the pages' commands need {', '.join(missing)}")
     zygote = Zygote(tmp_path_factory.mktemp("docs"))
     yield zygote
     zygote.close()
