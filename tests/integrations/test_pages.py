@@ -14,7 +14,7 @@ ADDRESS = '"http://127.0.0.1:8321"'
 
 
 def snippets(page: str) -> list[str]:
-    return [block.text for block in blocks(page) if block.language == "python"]
+    return [b.text for b in blocks(page) if b.language == "python" and b.reason is None]
 
 
 @pytest.mark.parametrize("number", range(3))
