@@ -251,7 +251,7 @@ def test_blocks_that_lie(original, settings, tmp_path):
 
     ids = (*header.token_ids[:-1], header.token_ids[-1] ^ 1)
     first = header.segments[0]
-    short = (dataclasses.replace(first, length=first.length - 1), *header.segments[1:])
+    short = (first._replace(length=first.length - 1), *header.segments[1:])
     for change, match in (
         (with_header(token_ids=ids), "chunk that it does not hold"),
         (with_header(fingerprint="another"), "another model"),
