@@ -7,11 +7,12 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import execute, start
+from tests.cli.conftest import start
 
 pytest.importorskip("faiss", reason="documents need the extra kvrag[retrieval]")
 pytest.importorskip("sentence_transformers", reason="documents need the extra kvrag[retrieval]")
@@ -171,7 +172,7 @@ def test_the_bar_draws(capsys, monkeypatch):
 
 def test_a_kill_costs_no_stored_block(kvrag, tmp_path, environment):
     """The job is killed while it computes; the next run computes what is missing and no more."""
-    count = 300
+    count = 120
     home = Path(environment["KVRAG_HOME"])
     documents = tmp_path / "docs.jsonl"
     texts = (f"Lamp {number} burns {number * 7} hours." for number in range(count))
@@ -188,7 +189,7 @@ def test_a_kill_costs_no_stored_block(kvrag, tmp_path, environment):
     before = stored_blocks(home)
     assert 5 <= len(before) < count
 
-    result = execute("precompute", documents, "--json")
+    result = kvrag("precompute", documents, "--json")
     assert result.code == 0
     summary = result.json
     assert summary["documents_added"] + summary["documents_known"] == count
@@ -263,11 +264,13 @@ def test_a_second_job_on_one_corpus_waits_and_says_so(kvrag, tmp_path, environme
 
     folder = write_documents(tmp_path / "docs", 1)
     lock = Home(Path(environment["KVRAG_HOME"])).job_lock("default", "1/1")
-    with only_job(lock, lambda holder: None):
-        process = start("precompute", folder)
-        line = process.stderr.readline()
-        assert "another job (process " in line
-        assert "works on the corpus 'default'; waiting" in line
-        assert process.poll() is None
-    process.communicate(timeout=240)
-    assert process.returncode == 0
+    with ThreadPoolExecutor(1) as pool:
+        with only_job(lock, lambda holder: None):
+            job = pool.submit(kvrag, "precompute", folder, "--json")
+            with pytest.raises(TimeoutError):
+                job.result(timeout=3)
+        result = job.result(timeout=240)
+    assert (result.code, result.json["documents_added"]) == (0, 1)
+    assert (
+        f"another job (process {os.getpid()}) works on the corpus 'default'; waiting" in result.err
+    )
