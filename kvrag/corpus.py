@@ -6,7 +6,7 @@ import logging
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -145,28 +145,36 @@ class Corpus:
         """See `Catalog.document_text`."""
         return self._catalog.document_text(self._namespace, document_id)
 
-    def add(self, items: Sequence[ChunkedDocument], *, rebuild: bool = False) -> list[Added]:
-        """Embed and store documents, each with what became of it. KV is not computed here.
+    def add(self, items: Sequence[ChunkedDocument], *, rebuild: bool = False) -> Iterator[Added]:
+        """Embed documents together, and store each when it is asked for what became of it.
+
+        KV is not computed here. What is done to the corpus before a document is asked for is done
+        before it: one that was there and is gone by then is added.
 
         rebuild: whether a document that is there with other chunks is replaced, too.
         """
         times = Counter(item.document.id for item in items)  # more than one: the last one stays
         lacking = [
-            item
-            for item in items
-            if times[item.document.id] > 1 or not self._is_current(item, rebuild)
+            times[item.document.id] > 1 or not self._is_current(item, rebuild) for item in items
         ]
-        if not lacking:
-            return [Added.KNOWN] * len(items)
-        texts = [render_chunk(chunk.title, chunk.text) for item in lacking for chunk in item.chunks]
+        vectors = self._vectors([item for item, lacks in zip(items, lacking, strict=True) if lacks])
+        for item, lacks in zip(items, lacking, strict=True):
+            own = next(vectors) if lacks else None
+            if own is None and not self._is_current(item, rebuild):
+                own = next(self._vectors([item]))
+            yield Added.KNOWN if own is None else self._store(item, own, rebuild)
+
+    def _vectors(self, items: Sequence[ChunkedDocument]) -> Iterator[npt.NDArray[np.float32]]:
+        """Those of each document's chunks, all made before the first is given."""
+        if not items:
+            return
+        texts = [render_chunk(chunk.title, chunk.text) for item in items for chunk in item.chunks]
         vectors = self._open()[0].embed_documents(texts)
-        outcomes: dict[int, Added] = {}
         first = 0
-        for item in lacking:
+        for item in items:
             last = first + len(item.chunks)
-            outcomes[id(item)] = self._store(item, vectors[first:last], rebuild)
+            yield vectors[first:last]
             first = last
-        return [outcomes.get(id(item), Added.KNOWN) for item in items]
 
     def _is_current(self, item: ChunkedDocument, rebuild: bool) -> bool:
         if not self.holds(item.document):

@@ -95,20 +95,22 @@ class Filing:
     def _file(
         self, items: list[ChunkedDocument | Document | Skipped | ReadWhole], done: set[str]
     ) -> Iterator[Filed | None]:
-        """Documents of several files are embedded together, and then all comes in its order."""
+        """Documents of several files are embedded together; each thing is done in its order."""
         cut = [item for item in items if isinstance(item, ChunkedDocument)]
-        outcomes = iter(self._corpus.add(cut, rebuild=self._rebuild))
+        outcomes = self._corpus.add(cut, rebuild=self._rebuild)
         for item in items:
-            if not isinstance(item, ChunkedDocument):
+            if isinstance(item, ChunkedDocument):
+                yield self._stored(item, next(outcomes), done)
+            else:
                 yield self._other(item, done)
-                continue
-            outcome = next(outcomes)
-            self._progress.documents_added += outcome is not Added.KNOWN
-            self._progress.documents_known += outcome is Added.KNOWN
-            self._progress.documents_replaced += outcome is Added.REPLACED
-            self._note(item.document)
-            done.add(item.document.id)
-            yield self._filed(item.document.id)
+
+    def _stored(self, item: ChunkedDocument, outcome: Added, done: set[str]) -> Filed:
+        self._progress.documents_added += outcome is not Added.KNOWN
+        self._progress.documents_known += outcome is Added.KNOWN
+        self._progress.documents_replaced += outcome is Added.REPLACED
+        self._note(item.document)
+        done.add(item.document.id)
+        return self._filed(item.document.id)
 
     def _other(self, item: Document | Skipped | ReadWhole, done: set[str]) -> Filed | None:
         if isinstance(item, Skipped):
@@ -118,6 +120,9 @@ class Filing:
         elif not self._shard.owns(item.id):
             self._progress.documents_elsewhere += 1
             self._met.setdefault(item.origin, set()).add(item.id)
+        elif not self._corpus.holds(item):
+            # It did when this was asked, and what came before took it out since.
+            return self._added_after_all(item, done)
         else:
             self._progress.documents_known += 1
             self._corpus.describe(item)
@@ -126,6 +131,15 @@ class Filing:
                 done.add(item.id)
                 return self._filed(item.id)
         return None
+
+    def _added_after_all(self, document: Document, done: set[str]) -> Filed | None:
+        try:
+            item = self._corpus.chunked(document)
+        except DocumentError as exc:
+            self._progress.skipped.append(Skipped(document.source or document.id, str(exc)))
+            return None
+        outcome = next(self._corpus.add([item], rebuild=self._rebuild))
+        return self._stored(item, outcome, done)
 
     def _note(self, document: Document) -> None:
         self._corpus.catalog.add_origin(self._corpus.namespace, document.origin, document.id)

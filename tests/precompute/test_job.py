@@ -261,3 +261,30 @@ def test_named_documents_are_replaced_and_shared_out(opened):
         assert blocks(engine) == engine.counts().chunks
         owned = [Shard(n, 2).owns("lamp/1") for n in (1, 2)]
         assert sorted(owned) == [False, True]
+
+
+@pytest.mark.parametrize("ids", [("", ""), ("one", "two")])
+def test_a_document_that_moves_to_another_file_stays(opened, folder, ids):
+    one, two = (
+        json.dumps({"text": text} | ({"id": given} if given else {}))
+        for text, given in zip(("The lamp burns.", "The ferry leaves."), ids, strict=True)
+    )
+    (folder / "a.jsonl").write_text(f"{one}\n{two}")
+    with opened() as engine:
+        engine.add(read([folder]))
+        (folder / "a.jsonl").write_text(two)
+        (folder / "b.jsonl").write_text(one)
+        for _ in range(2):
+            engine.add(read([folder]))
+            assert texts(engine) == ["The ferry leaves.", "The lamp burns."]
+            assert blocks(engine) == 2
+
+
+def test_of_a_document_that_comes_twice_the_last_is_described(opened):
+    first = Document("The lamp burns.", id="lamp", metadata={"version": 1})
+    with opened() as engine:
+        engine.add([first])
+        engine.add([first, Document("The lamp is out.", id="lamp", metadata={"version": 2})])
+        corpus, _, _ = engine._open_corpus()
+        assert corpus.text("lamp") == "The lamp is out."
+        assert corpus.catalog.document("default", "lamp").metadata == {"version": 2}
