@@ -1,6 +1,6 @@
 """What a catalog holds of chunks' vectors, and the number that counts changes of them.
 
-Vectors never change but by `drop_vectors`: an index knows them by chunk id alone.
+Vectors never change but by `drop_vectors`, and others in their place.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ class Vectors(CatalogFile):
     ) -> int:
         """Give chunks vectors of a further embedder; returns how many were stored.
 
-        A chunk that is gone, or has a vector of this embedder already, is left as it is: vectors
-        never change, so an index knows them by chunk id alone.
+        A chunk that is gone, or has a vector of this embedder already, is left as it is.
         """
         matrix = checked_vectors(vectors, len(chunk_ids))
         num_stored = 0
@@ -168,16 +167,17 @@ class Vectors(CatalogFile):
             raise ValueError(f"embedder {embedder!r} has {stored} components here, got {dim}")
 
     def drop_vectors(self, chunk_ids: Sequence[int], embedder: str) -> None:
-        """Delete vectors that are not what they should be.
-
-        An index that another process has in memory keeps them until it is opened anew.
-        """
+        """Delete vectors that are not what they should be."""
         with self.writing() as db:
+            dropped: dict[str, list[int]] = {}
             for chunk_id in chunk_ids:
-                db.execute(
-                    "DELETE FROM vectors WHERE chunk_id = ? AND embedder = ?",
+                for (namespace,) in db.execute(
+                    "DELETE FROM vectors WHERE chunk_id = ? AND embedder = ? RETURNING namespace",
                     (int(chunk_id), embedder),
-                )
+                ).fetchall():
+                    dropped.setdefault(namespace, []).append(int(chunk_id))
+            for namespace, ids in dropped.items():
+                self._bump_generation(namespace, ids)
 
     def _bump_generation(self, namespace: str, chunk_ids: Sequence[int]) -> None:
         """Count a change, which was one of these chunks' vectors. In its transaction."""

@@ -222,15 +222,31 @@ class VectorIndex:
                     self._structure.forget(gone, self._rows.kill(gone))
                     changed += gone.size
             fresh, first_at = np.unique(changes.ids, return_index=True)
+            vectors = changes.vectors[first_at]
+            self._forget_replaced(fresh, vectors)
             new = ~np.isin(fresh, self._rows.ids(self._rows.find(fresh)))
             if new.any():
-                self._append(fresh[new], changes.vectors[first_at[new]])
+                self._append(fresh[new], vectors[new])
                 changed += int(new.sum())
             cursor = changes.cursor
             if changes.is_last:
                 self._generation = changes.generation
                 self._unsaved += changed
                 return changed > 0
+
+    def _forget_replaced(self, ids: Ids, vectors: Matrix) -> None:
+        """Chunks, ascending, whose vectors are others than those here: damaged ones were mended.
+
+        Where these are not held, what is compared in the end is right all the same.
+        """
+        rows = self._rows.find(ids)
+        held = self._structure.vectors(rows)
+        if held is None or not rows.size:
+            return
+        places = np.searchsorted(ids, self._rows.ids(rows))
+        other = rows[(held != self._checked(vectors)[places]).any(axis=1)]
+        if other.size:
+            self._structure.forget(other, self._rows.kill(other))
 
     def _append(self, ids: Ids, matrix: Matrix) -> None:
         self._structure.append(self._checked(matrix))

@@ -61,7 +61,8 @@ class ChunkRows:
     def find(self, ids: Ids) -> Rows:
         """The live rows of those chunks that have one, ascending."""
         by_id = self._ids if self._order is None else self._ids[self._order]
-        places = np.searchsorted(by_id, ids)
+        # Of several rows of one chunk, all but the last are dead.
+        places = np.searchsorted(by_id, ids, side="right") - 1
         places = places[np.take(by_id, places, mode="clip") == ids] if len(by_id) else places[:0]
         rows = places if self._order is None else self._order[places]
         return np.unique(rows[~self._dead[rows]])

@@ -412,3 +412,25 @@ def test_threads_may_search_and_change_at_once(catalog, kind):
     assert failures == []
     index.refresh()
     assert len(index) == 40
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+@pytest.mark.parametrize("between", [False, True])
+def test_a_vector_that_was_mended_reaches_an_index_that_is_open(catalog, kind, between):
+    index = open_index(catalog, IndexRule(choice=kind, dead_share=1))
+    index.save(now=True)
+    (right,) = unit_vectors(99, 1)
+    with open_catalog(catalog.path.parent) as other:
+        other.drop_vectors([1], EMBEDDER)
+        if between:
+            assert index.refresh()
+            assert 1 not in [chunk_id for chunk_id, _ in index.search(right, 20)]
+        other.set_vectors([1], right[None], EMBEDDER)
+    assert index.refresh()
+    add(catalog, 7)
+    index.refresh()
+    index.save(now=True)
+    for searched in (index, open_index(catalog, IndexRule(choice=kind, dead_share=1))):
+        assert searched.search(right, 1)[0] == (1, pytest.approx(1))
+        assert searched.search(right, 5, allowed=np.array([1])) == [(1, pytest.approx(1))]
+        assert searched.search(right, 20) == brute_force(catalog, right, 20)
