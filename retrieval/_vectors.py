@@ -145,7 +145,7 @@ class Vectors(CatalogFile):
         return [name for (name,) in self._rows("SELECT namespace FROM namespaces ORDER BY 1", ())]
 
     def generation(self, namespace: str) -> int:
-        """A number that grows with every change to the namespace's chunks or vectors; 0 at first.
+        """A number that grows with every change to documents, chunks or vectors; 0 at first.
 
         The steps are random, so that a catalog restored from a backup and changed anew does not
         come by a number that an index file of the lost future carries.

@@ -200,6 +200,8 @@ class Catalog(BlockRefs, Corpora, Origins):
                 "UPDATE documents SET source = ?, metadata = ? WHERE namespace = ? AND id = ?",
                 (document.source, _metadata_text(document.metadata), namespace, document.id),
             )
+            if changed.rowcount > 0:
+                self._bump_generation(namespace, ())  # other chunks may pass a filter
             return changed.rowcount > 0
 
     def document_text(self, namespace: str, document_id: str) -> str | None:

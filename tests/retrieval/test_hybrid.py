@@ -129,6 +129,16 @@ def test_a_kept_filter_is_not_used_when_the_corpus_has_changed(opened):
     assert search.search(QUESTION, 5, mode="dense", where=where) == []
 
 
+def test_a_kept_filter_is_not_used_when_a_document_is_described_anew(opened):
+    search, names, _ = opened
+    catalog, where = search._catalog, Where.parse({"year": 1922})
+    assert search.search("zebra quiz", 5, mode="lexical", where=where) == []
+    (zebra,) = (chunk_id for chunk_id, name in names.items() if name == "zz")
+    assert catalog.describe_document("n", Document(TEXTS["zz"][0], metadata={"year": 1922}))
+    (hit,) = search.search("zebra quiz", 5, mode="lexical", where=where)
+    assert hit.chunk_id == zebra
+
+
 def test_mmr_passes_over_copies(opened):
     plain = [name for name, _ in found(opened, QUESTION, k=2, mode="dense")]
     assert set(plain) <= {"lamp", "lamps", "pmal"}
