@@ -27,6 +27,7 @@ from kvrag.errors import CorpusFileError, CorpusSettingsError, InputError
 from kvrag.precompute.job import StorageFullError
 from kvrag.precompute.lock import Waiting, only_job
 from kvrag.precompute.manifest import digest
+from kvrag.retrieval.errors import CatalogError, RetrievalError
 from kvrag.retrieval.records import DocumentCopy
 from kvrag.store.block import (
     MAX_HEADER_NBYTES,
@@ -108,12 +109,12 @@ class _Import:
         except BaseException:
             self._take_back()
             raise
+        blocks = sum(map(len, self._held))
         # Another process with a full disk may have evicted what belonged to nobody until now. What
         # there is no room for is computed when it is wanted.
         with suppress(StorageFullError):
             self._store_blocks(kinds)
         num_chunks = self._parts.catalog.counts(self._name).chunks
-        blocks = sum(map(len, self._held))
         return Imported(self._name, num_documents, num_chunks, blocks, self._manifest.codec)
 
     # ---- what the file is of ---------------------------------------------------------------------
@@ -180,7 +181,16 @@ class _Import:
     def _documents(
         self, blocks: Callable[[Sequence[int]], Sequence[tuple[str, str]]]
     ) -> Iterator[DocumentCopy]:
-        return read_documents(self._archive.lines(), self._parts.model.tokenizer, blocks)
+        tokenizer = self._parts.model.tokenizer
+        return read_documents(self._archive.lines(), tokenizer, blocks, dim=self._dim())
+
+    def _dim(self) -> int | None:
+        """Of the vectors that the file must have; None for those of another embedder."""
+        with suppress(CorpusSettingsError, RetrievalError):  # none that could search the corpus
+            embedder = self._parts.corpus.embedder
+            if embedder.fingerprint == self._manifest.embedder:
+                return embedder.dim
+        return None
 
     def _restore(self, kinds: Sequence[ChunkBlocks]) -> None:
         def referred(token_ids: Sequence[int]) -> Sequence[tuple[str, str]]:
@@ -261,7 +271,12 @@ class _Import:
             raise StorageFullError(f"a block of the file could not be stored ({reasons})")
 
     def _take_back(self) -> None:
-        """What fails here is left to `kvrag store gc`."""
-        self._parts.store.unprotect(self._put)
-        with suppress(StoreError):
-            self._parts.store.delete_unprotected(self._put)
+        """What fails here is left to `kvrag store gc`.
+
+        Documents that somebody added meanwhile keep the blocks that they have in common.
+        """
+        with suppress(StoreError, CatalogError):
+            referred = set(self._parts.catalog.block_keys_of(self._name))
+            unreferred = [key for key in self._put if str(key) not in referred]
+            self._parts.store.unprotect(unreferred)
+            self._parts.store.delete_unprotected(unreferred)

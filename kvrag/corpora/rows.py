@@ -89,13 +89,14 @@ def _line(fields: dict[str, Any]) -> bytes:
 
 
 def read_documents(
-    lines: Iterator[bytes], tokenizer: Tokenizer, blocks: Blocks
+    lines: Iterator[bytes], tokenizer: Tokenizer, blocks: Blocks, *, dim: int | None = None
 ) -> Iterator[DocumentCopy]:
     """The documents of the lines, everything about them checked.
 
+    dim: of all vectors; None is that of the first.
+
     Raises CorpusFileError for anything that `written_rows` cannot have written.
     """
-    dim: int | None = None
     for number, line in enumerate(lines, start=1):
         try:
             fields = _fields(line, _DOCUMENT)

@@ -274,3 +274,16 @@ def test_blocks_that_lie(original, settings, tmp_path):
         manifest(lambda m: m.update(prefixes=m["prefixes"][:1]))(parts[0][1]),
     )
     refused(settings, written(path, renamed), match="prefix")
+
+
+def test_vectors_that_the_embedder_cannot_have_made_are_refused(original, settings, tmp_path):
+    parts = []
+    for name, data in members(original):
+        if name.startswith("rows/"):
+            lines = [json.loads(line) for line in data.splitlines()]
+            for fields in lines:
+                if "vector" in fields:
+                    fields["vector"] = "AACAPwAAAAA="  # 1 and 0
+            data = "".join(f"{json.dumps(fields)}\n" for fields in lines).encode()
+        parts.append((name, data))
+    refused(settings, written(tmp_path / "short", parts), match="components")

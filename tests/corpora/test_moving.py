@@ -266,3 +266,25 @@ def test_a_full_disk_of_the_file_leaves_the_file_that_was_there(made, tmp_path):
 
 def many(count):
     return [Document(f"Lamp {number} burns {number * 7} hours.") for number in range(count)]
+
+
+def test_an_import_that_is_too_late_takes_no_block_from_who_was_faster(
+    made, settings, tmp_path, monkeypatch
+):
+    exported(made(), tmp_path / "file")
+    target = settings("target")
+    restore = Catalog.restore
+
+    def restored(catalog, *args, **options):
+        with Engine.open(target) as engine:
+            engine.add(DOCUMENTS[:1])
+        return restore(catalog, *args, **options)
+
+    monkeypatch.setattr(Catalog, "restore", restored)
+    with pytest.raises(InputError, match="meanwhile"):
+        imported(target, tmp_path / "file")
+    with Engine.open(target) as engine:
+        assert engine.complete().tokens_computed == 0
+        (facts,) = list_corpora(target)
+        assert facts.missing == 0
+        assert len(block_files(target)) == facts.blocks
