@@ -8,8 +8,9 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -92,9 +93,6 @@ class HybridSearch:
     def __init__(self, catalog: Catalog, namespace: str, dense: Dense) -> None:
         self._catalog, self._namespace, self._dense = catalog, namespace, dense
         self._lexical = LexicalIndex(catalog, namespace)
-        # One thread: what it asks of the catalog would wait for the catalog's lock anyway. It ends
-        # with this object.
-        self._words = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvrag-words")
         self._lock = threading.Lock()
         self._filters: OrderedDict[tuple[int, str], npt.NDArray[np.int64]] = OrderedDict()
 
@@ -129,14 +127,18 @@ class HybridSearch:
         depth = max(_DEPTH, 4 * k)
         if mode != "hybrid" and mmr == distinct == 1:
             depth = k if rerank is None else max(RERANKED, k)
-        by_words: Future[list[tuple[int, float]]] | None = None
-        if mode != "dense":  # words are looked up while the question is embedded
-            by_words = self._words.submit(self._lexical.search, question, depth, allowed=allowed)
-        vector = self._embedded(question) if mode != "lexical" or mmr < 1 else None
+        lexical: list[tuple[int, float]] = []
         dense: list[tuple[int, float]] = []
-        if vector is not None and mode != "lexical":
-            dense = self._index().search(vector, depth, allowed=allowed)
-        lexical = [] if by_words is None else by_words.result()
+        # Words are looked up while the question is embedded. The thread ends here: one that waited
+        # for the next question would outlive whoever asks none.
+        with ThreadPoolExecutor(1, "kvrag-words") as aside:
+            words = partial(self._lexical.search, question, depth, allowed=allowed)
+            by_words = None if mode == "dense" else aside.submit(words)
+            vector = self._embedded(question) if mode != "lexical" or mmr < 1 else None
+            if vector is not None and mode != "lexical":
+                dense = self._index().search(vector, depth, allowed=allowed)
+            if by_words is not None:
+                lexical = by_words.result()
         ranked = _ranked(mode, dense, lexical)
         reranked = max(RERANKED, k)
         if distinct < 1:
