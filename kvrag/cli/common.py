@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Globals",
     "JsonOption",
+    "check_output_file",
     "format_bytes",
     "format_seconds",
     "globals_of",
@@ -141,6 +142,16 @@ def format_seconds(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def check_output_file(path: Path) -> None:
+    """Raise InputError where no file can be at `path`: found before hours of work, not after."""
+    from kvrag.errors import InputError
+
+    if path.is_dir():
+        raise InputError(f"{path} cannot be written: it is a folder")
+    if not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
 
 
 def read_input_file(path: Path) -> bytes:

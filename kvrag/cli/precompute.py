@@ -12,6 +12,7 @@ import typer
 
 from kvrag.cli.common import (
     JsonOption,
+    check_output_file,
     format_bytes,
     format_seconds,
     one_line,
@@ -92,6 +93,8 @@ def precompute(
         raise InputError("--shard, --prune, --rebuild and --dry-run need files, folders or URLs")
     if workers is not None and ray is None:
         raise InputError("--workers needs --ray")
+    if manifest is not None:
+        check_output_file(manifest)
     # A path that does not exist is found here, before a model is opened.
     documents = (
         read(paths, max_bytes=settings.max_document_bytes, encoding=encoding) if paths else None

@@ -60,6 +60,12 @@ def test_what_is_nearly_the_same_is_listed(kvrag, home, tmp_path):
     assert "groups of chunks" in kvrag("corpus", "show", "default", "--near-duplicates").out
 
 
+def test_an_export_into_no_folder_is_refused(kvrag, home, tmp_path):
+    refused = kvrag("corpus", "export", "default", tmp_path / "no" / "file")
+    assert refused.code == 2
+    assert "there is no folder" in refused.error
+
+
 def test_a_home_without_corpora(kvrag, environment):
     assert kvrag("corpus", "ls").code == 2
     assert not Path(environment["KVRAG_HOME"]).exists()

@@ -258,6 +258,16 @@ def test_corpora_shards_pruning_and_the_manifest(kvrag, tmp_path):
         assert kvrag("precompute", *bad).code == 2
 
 
+def test_a_manifest_that_cannot_be_is_refused_before_the_work(kvrag, environment, tmp_path):
+    folder = write_documents(tmp_path / "docs", 1)
+    for manifest, why in ((tmp_path / "no" / "m", "there is no folder"), (tmp_path, "a folder")):
+        refused = kvrag("precompute", folder, "--manifest", manifest)
+        assert refused.code == 2
+        assert f"{manifest} cannot be written" in refused.error
+        assert why in refused.error
+    assert not Path(environment["KVRAG_HOME"]).exists()
+
+
 def test_a_second_job_on_one_corpus_waits_and_says_so(kvrag, tmp_path, environment):
     from kvrag.home import Home
     from kvrag.precompute.lock import only_job

@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from kvrag.cli.common import JsonOption, format_bytes, print_json, settings_of, show, warn
+from kvrag.cli.common import (
+    JsonOption,
+    check_output_file,
+    format_bytes,
+    print_json,
+    settings_of,
+    show,
+    warn,
+)
 from kvrag.cli.corpus.arguments import NameArgument, tell_waiting
 
 __all__ = ["export"]
@@ -30,6 +38,7 @@ def export(
     from kvrag.corpora.exporting import export_corpus
 
     settings = settings_of(context, namespace=name)
+    check_output_file(file)
     with shown() as report:
         exported = export_corpus(settings, file, waiting=tell_waiting(name), report=report)
     if as_json:
