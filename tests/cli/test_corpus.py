@@ -30,7 +30,11 @@ def test_ls_and_show_tell_what_there_is(kvrag, home, tmp_path):
     shown = kvrag("corpus", "show", "default", "--json").json
     assert shown == corpus | {"origins": [str(tmp_path / "karsk.txt")]}
     assert "raw of float32, chunks of 64 tokens" in kvrag("corpus", "ls").out
-    assert "karsk.txt" in kvrag("corpus", "show", "default").out
+    table = kvrag("corpus", "show", "default").out
+    assert "karsk.txt" in table
+    assert table.count("blocks by kind") == 1
+    assert f"{len(blocks)} raw of model" in table
+    assert "…" in table  # the context is longer than its row
     blocks[0].unlink()
     assert kvrag("corpus", "show", "default", "--json").json["missing"] == 1
 

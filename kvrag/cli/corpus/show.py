@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from textwrap import shorten
 from typing import Annotated
 
 import typer
@@ -59,10 +61,13 @@ def show(
         table.add_row(what, str(number))
     table.add_row("bytes on disk", format_bytes(facts.nbytes))
     for what, value in facts.made_with.items():
-        table.add_row(what, one_line(value)[:_SHOWN_CHARACTERS])
-    for kind in facts.kinds:
+        table.add_row(what, shorten(one_line(value), _SHOWN_CHARACTERS, placeholder="…"))
+    kinds: Counter[str] = Counter()
+    for kind in facts.kinds:  # one for each prefix, which would be rows that look the same
         of = f" of model {kind.model[:16]}, {kind.dtype}" if kind.model else ""
-        table.add_row("blocks by kind", f"{kind.blocks} {kind.codec or 'unknown'}{of}")
+        kinds[f"{kind.codec or 'unknown'}{of}"] += kind.blocks
+    for what, blocks in kinds.items():
+        table.add_row("blocks by kind", f"{blocks} {what}")
     for origin in origins[:_SHOWN_ORIGINS]:
         table.add_row("from", one_line(origin))
     if len(origins) > _SHOWN_ORIGINS:
@@ -71,4 +76,4 @@ def show(
     if near_duplicates:
         show_lines(f"{len(groups)} groups of chunks that are nearly the same")
     for group in groups[:_SHOWN_GROUPS]:
-        show_lines("; ".join(f"{one.chunk} of {one_line(one.title)}" for one in group))
+        show_lines("; ".join(f"chunk {one.chunk} of {one_line(one.title)}" for one in group))
