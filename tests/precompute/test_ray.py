@@ -136,6 +136,7 @@ def until(condition):
         time.sleep(0.02)
 
 
+@pytest.mark.soak  # a cluster's ten processes take over a minute to start and end
 def test_a_killed_worker_loses_and_doubles_nothing(cluster, settings, tmp_path):
     """All blocks are those of a job without Ray, byte for byte; so is the manifest."""
     alone, home = tmp_path / "alone", tmp_path / "home"
@@ -186,6 +187,7 @@ def test_a_killed_worker_loses_and_doubles_nothing(cluster, settings, tmp_path):
     assert stored(home) == wanted
 
 
+@pytest.mark.soak  # a cluster's ten processes take over a minute to start and end
 def test_a_worker_that_cannot_be_opened_ends_the_job(cluster, settings, tmp_path, capfd):
     """From the command line to the worker and back; a secret does not travel with the settings."""
     (tmp_path / "a.txt").write_text("The lamp burns.")
