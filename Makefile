@@ -40,7 +40,7 @@ demo: $(MODELS) ## Precompute the sample corpus, ask it, compare full prefill wi
 # One thread: two busy processes with two threads each wait for one another on two cores.
 test: export OMP_NUM_THREADS = 1
 test: $(TEST_MODELS) ## All tests, with the short form of fault and load tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 soak: export OMP_NUM_THREADS = 1
 soak: $(TEST_MODELS) ## The long form of fault and load tests

@@ -31,6 +31,11 @@ def pytest_addoption(parser):
     parser.addoption("--soak", action="store_true", help="also run the tests marked soak")
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are cores: tests of faults wait more than they work."""
+    return min(4, (os.cpu_count() or 1) + 1)
+
+
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--soak") or "soak" in config.getoption("-m"):
         return
