@@ -43,6 +43,13 @@ class Half(StrEnum):
     all = "all"
 
 
+PoolArgument = Annotated[
+    str, typer.Argument(help="A folder of the eval_data folder, or any: passages, questions.")
+]
+PictureOption = Annotated[
+    Path | None, typer.Option(help="Folder for a picture (PNG and SVG); needs matplotlib.")
+]
+
 app = typer.Typer(
     help="Measure speed and fidelity on this machine.",
     no_args_is_help=True,
@@ -253,9 +260,7 @@ def eviction_command(
     blocks: Annotated[
         str, typer.Option(metavar="N,M,…", help="Sizes of the store whose own cost is measured.")
     ] = "1000,10000,100000,1000000",
-    plot: Annotated[
-        Path | None, typer.Option(help="Folder for a picture (PNG and SVG); needs matplotlib.")
-    ] = None,
+    plot: PictureOption = None,
     seed: Annotated[int, typer.Option(help="Draws items and traces.")] = 0,
 ) -> None:
     """Hit rates of eviction policies, and what a store of many blocks takes in time and memory."""
@@ -270,9 +275,7 @@ def eviction_command(
 @app.command("retrieval")
 def retrieval_command(
     context: typer.Context,
-    data: Annotated[
-        str, typer.Argument(help="A folder of the eval_data folder, or any: passages, questions.")
-    ] = "hotpot_pool",
+    data: PoolArgument = "hotpot_pool",
     half: Annotated[Half, typer.Option(help="Which half: tune on even, report odd.")] = Half.odd,
     chunks: Annotated[
         int, typer.Option(min=0, help="Chunks of the corpus that is timed; 0 times nothing.")
@@ -295,9 +298,7 @@ def retrieval_command(
 @app.command("index")
 def index_command(
     context: typer.Context,
-    data: Annotated[
-        str, typer.Argument(help="A folder of the eval_data folder, or any: passages, questions.")
-    ] = "hotpot_pool",
+    data: PoolArgument = "hotpot_pool",
     vectors: Annotated[int, typer.Option(min=10, help="Vectors of the largest index.")] = 1_000_000,
     growth: Annotated[
         str | None,
@@ -311,9 +312,7 @@ def index_command(
     keep: Annotated[
         Path | None, typer.Option(help="Folder where embeddings are kept for next time.")
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Folder for a picture (PNG and SVG); needs matplotlib.")
-    ] = None,
+    plot: PictureOption = None,
 ) -> None:
     """Recall, time, build and memory of each kind of vector index as it grows. Opens no model."""
     settings = _settings(context)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvrag.bench.plots import new_figure, plain_numbers, save
+from kvrag.bench.plots import against_size, new_figure, save
 
 __all__ = ["plot_curve"]
 
@@ -47,14 +47,8 @@ def plot_curve(folder: Path, points: Sequence[Mapping[str, Any]]) -> list[Path]:
             of = sorted((p["blocks"], p[name]) for p in points if p["policy"] == policy)
             blocks, values = zip(*of, strict=True)
             (handles[policy],) = axes.plot(blocks, values, marker=marker, color=colour)
-        axes.set_xscale("log")
-        plain_numbers(axes.xaxis, (1,))
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+        against_size(axes, "blocks held", label)
         axes.set_ylim(0, 1.1 * max(point[name] for point in points))
-        axes.set_xlabel("blocks held")
-        axes.set_ylabel(label)
-        axes.grid(visible=True, linewidth=0.6, alpha=0.6)
-        axes.set_axisbelow(True)
     figure.suptitle("What the store takes beside its tiers: processor time and memory")
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvrag.bench.plots import new_figure, plain_numbers, save
+from kvrag.bench.plots import against_size, new_figure, plain_numbers, save
 
 __all__ = ["plot_growth"]
 
@@ -49,9 +49,7 @@ def plot_growth(folder: Path, points: Sequence[Mapping[str, Any]], recall: float
                 linestyle=_LINES[chosen],
             )
             handles[kind if chosen == "all" else f"{kind}, effort: {chosen}"] = handle
-        axes.set_xscale("log")
-        plain_numbers(axes.xaxis, (1,))
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+        against_size(axes, "vectors", label)
         if logarithmic:
             axes.set_yscale("log")
             plain_numbers(axes.yaxis, (1, 3))
@@ -60,10 +58,6 @@ def plot_growth(folder: Path, points: Sequence[Mapping[str, Any]], recall: float
         if name == "recall@10":
             axes.set_ylim(0.5, 1.01)
             axes.axhline(recall, color="grey", linewidth=0.8, linestyle=":")
-        axes.set_xlabel("vectors")
-        axes.set_ylabel(label)
-        axes.grid(visible=True, linewidth=0.6, alpha=0.6)
-        axes.set_axisbelow(True)
     figure.suptitle("The vector index as it grows")
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "against_size",
     "check_plotting",
     "new_figure",
     "plain_numbers",
@@ -239,6 +240,17 @@ def _percent(share: float) -> str:
 def _tokens(number: int) -> str:
     """4096 is 4k and 7680 is 7.5k; what is no multiple of 128 is written out."""
     return f"{number:,}" if number % 128 or number < 1024 else f"{number / 1024:.4g}k"
+
+
+def against_size(axes: Axes, size: str, value: str) -> None:
+    """Label axes of a value, over a size on a logarithmic scale with its numbers written out."""
+    axes.set_xscale("log")
+    plain_numbers(axes.xaxis, (1,))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel(size)
+    axes.set_ylabel(value)
+    axes.grid(visible=True, linewidth=0.6, alpha=0.6)
+    axes.set_axisbelow(True)
 
 
 def plain_numbers(axis: Axis, steps: Sequence[float]) -> None:

@@ -14,19 +14,9 @@ from kvrag.errors import CorpusFileError
 from kvrag.precompute.job import StorageFullError
 from kvrag.retrieval import CatalogError, Document
 from tests.mounts import mounted, remount
-from tests.tiny import make_tiny_embedder, make_tiny_model
 
 FEW = [Document("The lamp burns."), Document("The ferry leaves.")]
 MANY = [Document(f"Lamp {number} burns. " * 12, title=f"Lamp {number}") for number in range(40)]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    return {
-        "model": str(make_tiny_model(root / "model")),
-        "embedder": str(make_tiny_embedder(root / "embedder")),
-    }
 
 
 @pytest.fixture

@@ -11,16 +11,7 @@ from kvrag import Engine, Settings
 from kvrag.errors import CorpusSettingsError, InputError
 from kvrag.precompute.shard import Shard
 from kvrag.retrieval import Document, read
-from tests.tiny import make_tiny_embedder, make_tiny_model
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    return {
-        "model": make_tiny_model(root / "model"),
-        "embedder": make_tiny_embedder(root / "embedder"),
-    }
+from tests.tiny import make_tiny_embedder
 
 
 @pytest.fixture
@@ -28,8 +19,8 @@ def opened(models, tmp_path):
     def open_(home="home", **options):
         values = {
             "home": tmp_path / home,
-            "model": str(models["model"]),
-            "embedder": str(models["embedder"]),
+            "model": models["model"],
+            "embedder": models["embedder"],
             "dtype": "float32",
             "threads": 1,
             "corpus_context": "",  # one block a chunk, so that they can be counted

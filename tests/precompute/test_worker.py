@@ -19,19 +19,10 @@ from kvrag.precompute.worker import Recipe, Worker
 from kvrag.retrieval.documents import Document
 from kvrag.store.keys import BlockKey, packed
 from tests.precompute.workers import WorkerHere
-from tests.tiny import make_tiny_embedder, make_tiny_model
+from tests.tiny import make_tiny_model
 
 DOCUMENTS = [Document(f"Lamp {n} burns {n * n} hours.") for n in range(6)]
 KEY = "ab" * 32
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    return {
-        "model": str(make_tiny_model(root / "model")),
-        "embedder": str(make_tiny_embedder(root / "embedder")),
-    }
 
 
 @pytest.fixture
