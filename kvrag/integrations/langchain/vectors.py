@@ -256,7 +256,7 @@ class StoredVectors:
         asked = ids[:: max(1, len(ids) // _PROBED)]
         try:
             found = self._store.get_by_ids(self._names(asked.tolist()))
-        except NotImplementedError:
+        except NotImplementedError:  # a store that cannot be asked is taken at its word
             return True
         except Exception as exc:  # stores raise what their clients raise
             raise VectorStoreError(f"{type(self._store).__name__} cannot be read: {exc}") from exc
